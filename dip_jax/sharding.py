@@ -1,0 +1,130 @@
+"""Logical axis names -> mesh axes -> shardings, in pure JAX.
+
+Parameters and activations carry logical names ("embed", "mlp", "batch", ...). One table of rules maps each name to a mesh axis
+or to None (replicated). Everything is jitted under `jax.set_mesh(mesh)`; a name without a rule is an error, never silence.
+
+Example:
+    >>> mesh = make_mesh(config.mesh)
+    >>> with jax.set_mesh(mesh), use_rules(config.mesh.rules):
+    ...     params = jax.jit(model.init, out_shardings=shardings(mesh, model.logical_axes()))(key)
+"""
+
+import contextlib
+import contextvars
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dip_jax import config
+from dip_jax.errors import UserError
+from dip_jax.typing import Axes
+
+AXES = ("data", "fsdp", "tensor")
+
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+
+# First match wins. Activations: batch, tokens, patches, act_*. Parameters: the rest.
+RULES: Rules = (
+    ("batch", ("data", "fsdp")),
+    ("tokens", None),
+    ("act_embed", None),
+    ("act_heads", "tensor"),
+    ("act_mlp", "tensor"),
+    ("patches", ("data", "fsdp")),  # batch and patches folded into one axis
+    ("height", None),
+    ("width", None),
+    ("channels", None),
+    ("layers", None),  # the scanned stack
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("modulation", "tensor"),  # adaLN outputs
+    ("vocab", None),  # label table
+    ("pixels", None),  # P * P * 3
+    ("frequency", None),
+    ("head_in", None),  # the Patch Detailer Head is 0.3 % of the weights: replicated
+    ("head_out", None),
+    ("kernel", None),
+    ("norm", None),
+)
+
+_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=RULES)
+
+
+def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The device mesh data x fsdp x tensor.
+
+    Raises:
+        UserError: if the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [sizes.data, sizes.fsdp, sizes.tensor]
+    if -1 in shape:
+        known = math.prod(n for n in shape if n > 0)
+        shape[shape.index(-1)] = max(len(devices) // known, 1)
+    if math.prod(shape) != len(devices):
+        raise UserError(
+            f"mesh data,fsdp,tensor={(sizes.data, sizes.fsdp, sizes.tensor)} needs {math.prod(shape)} devices "
+            f"but there are {len(devices)}: set one axis to -1 or change the sizes"
+        )
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@contextlib.contextmanager
+def use_rules(own: Rules) -> Iterator[None]:
+    """Puts the config's own rules before `RULES` for `spec`, `shardings` and `constrain` inside the block."""
+    token = _rules.set((*own, *RULES))
+    try:
+        yield
+    finally:
+        _rules.reset(token)
+
+
+def spec(axes: Axes) -> PartitionSpec:
+    """The mesh axes of an array with these logical axes; a mesh axis is used once, by the first that asks.
+
+    Raises:
+        UserError: for a logical axis that has no rule.
+    """
+    table = dict(reversed(_rules.get()))
+    used: set[str] = set()
+    entries = []
+    for name in axes:
+        if name is not None and name not in table:
+            nearest = difflib.get_close_matches(name, table, n=1, cutoff=0.0)[0]
+            raise UserError(f"logical axis {name!r} has no sharding rule: did you mean {nearest!r}?")
+        target = table.get(name)
+        wanted = (target,) if isinstance(target, str) else (target or ())
+        free = tuple(axis for axis in wanted if axis not in used)
+        used.update(free)
+        entries.append(free if len(free) > 1 else free[0] if free else None)
+    return PartitionSpec(*entries)
+
+
+def shardings(mesh: jax.sharding.Mesh, logical_axes: Any) -> Any:
+    """A tree of logical axes -> the same tree of `NamedSharding`."""
+    return jax.tree.map(lambda axes: NamedSharding(mesh, spec(axes)), logical_axes, is_leaf=is_axes)
+
+
+def is_axes(node: Any) -> bool:
+    """True for a tuple of logical axis names, the leaf of a tree of them."""
+    return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation to its logical axes inside jit; the identity where no mesh is set.
+
+    Raises:
+        UserError: for a logical axis that has no rule, also without a mesh.
+        ValueError: if the number of names is not the array's rank.
+    """
+    if len(axes) != x.ndim:
+        raise ValueError(f"{len(axes)} logical axes {axes} for an array of shape {x.shape}")
+    partition = spec(axes)
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition)

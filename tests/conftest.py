@@ -1,0 +1,44 @@
+"""Strict settings for every test: 8 CPU devices, strict dtypes and ranks, typed signatures, a persistent compilation cache."""
+
+import os
+import pathlib
+import sys
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+from absl import flags
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+_cache = os.environ.get("DIP_TEST_CACHE", str(pathlib.Path(tempfile.gettempdir()) / "dip_jax_test_cache"))
+jax.config.update("jax_compilation_cache_dir", _cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags
+
+install_import_hook("dip_jax", "beartype.beartype")
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-goldens", action="store_true", help="rewrite tests/golden/ instead of comparing")
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--campaign", action="store_true", help="run the tests marked campaign (full counts)")
+
+
+def pytest_collection_modifyitems(config, items):
+    for tier in ("slow", "campaign"):
+        if not config.getoption(f"--{tier}"):
+            for item in items:
+                if tier in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=f"needs --{tier}"))
+
+
+@pytest.fixture
+def update_goldens(request) -> bool:
+    return request.config.getoption("--update-goldens")
