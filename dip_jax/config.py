@@ -285,6 +285,14 @@ def from_config_dict(config: ConfigDict) -> Config:
     return Config(**{name: _freeze(name, cls, config.get(name, {})) for name, cls in sections.items()})
 
 
+def check_key(key: str) -> None:
+    """Raises `UserError` where a dotted key such as "optim.learning_rate" names no option, with the nearest that does."""
+    section, _, option = key.partition(".")
+    sections = _sections()
+    _known("", [section], sections)
+    _known(f"{section}.", [option], {f.name for f in dataclasses.fields(sections[section])})
+
+
 def _freeze(name: str, cls: type, values: Any) -> Any:
     if not isinstance(values, ConfigDict | dict):
         raise UserError(f"config.{name}={values!r} must be a section with keys, such as config.{name}.{_first_key(cls)}")

@@ -1,0 +1,57 @@
+"""Flags and dispatch: `python -m dip_jax COMMAND [flags]`."""
+
+import importlib
+import sys
+
+from absl import flags, logging
+
+from dip_jax import command_line
+from dip_jax.errors import Exit, Interrupted, UserError
+
+COMMANDS = {
+    "train": "train a model, or go on where it stopped",
+    "sample": "draw images from a checkpoint",
+    "evaluate": "judge samples: FID, sFID, IS, precision, recall",
+    "prepare": "turn images into a dataset directory",
+    "convert": "load published PyTorch weights",
+    "info": "parameters, FLOPs and memory of a config, before paying for it",
+}
+USAGE = "usage: python -m dip_jax COMMAND [--help] [flags]\n\n" + "\n".join(f"  {c:<10}{text}" for c, text in COMMANDS.items())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code; a user's mistake is one line on stderr, never a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv else "--help"
+    if command in ("--help", "-h", "help"):
+        print(USAGE)
+        return Exit.DONE
+    if command not in COMMANDS:
+        print(f"dip_jax: unknown command {command!r}: it is one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return Exit.USER_ERROR
+    flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's global flags
+    logging.set_verbosity(logging.WARNING)
+    try:
+        _run(command, argv[1:])
+    except Interrupted as stop:
+        print(f"dip_jax {command}: {stop}", file=sys.stderr)
+        return stop.code
+    except UserError as mistake:
+        print(f"dip_jax {command}: {mistake}", file=sys.stderr)
+        return Exit.USER_ERROR
+    return Exit.DONE
+
+
+def _run(command: str, argv: list[str]) -> None:
+    job = importlib.import_module(f"dip_jax.jobs.{command}")
+    values = flags.FlagValues()
+    job.define_flags(values)
+    if {"--help", "-h", "-help"} & set(argv):
+        print(command_line.help_text(command, job, values))
+        return
+    command_line.parse(values, command, argv)
+    job.run(values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

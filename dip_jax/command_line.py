@@ -1,0 +1,94 @@
+"""Reading the command line: the --config flag, absl's errors as one clear line, and help that helps."""
+
+import dataclasses
+import re
+import sys
+import textwrap
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from dip_jax import config
+from dip_jax.errors import UserError
+
+
+def define_config(values: flags.FlagValues) -> None:
+    """Adds --config=configs/NAME.py[:ARG], whose keys --config.section.key=value override."""
+    config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARG]", lock_config=True, flag_values=values)
+
+
+def read_config(values: flags.FlagValues) -> config.Config:
+    """The checked config that --config and its overrides describe.
+
+    Raises:
+        UserError: if --config is missing, or as `config.from_config_dict`.
+    """
+    if values.config is None:
+        raise UserError("--config is missing: name a file, such as --config=configs/demo.py")
+    return config.from_config_dict(values.config)
+
+
+def parse(values: flags.FlagValues, command: str, argv: list[str]) -> None:
+    """Parses `argv` (without the program's name) into `values`.
+
+    Raises:
+        UserError: for an unknown flag or config key (naming the nearest valid one), a bad value, a config file that is
+            missing or does not run, or an argument that is no flag.
+    """
+    for key in re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), flags=re.MULTILINE):
+        config.check_key(key)
+    sys.argv = [command, *argv]  # config_flags looks for its overrides there
+    try:
+        rest = values(sys.argv)[1:]
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from error
+    except Exception as error:  # absl loads the config file here where the command line overrides one of its keys
+        raise UserError(f"--config cannot be read: {_reason(error)}") from error
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+    for name in _flags(values):
+        _evaluate(values, name)
+
+
+def _evaluate(values: flags.FlagValues, name: str) -> None:
+    """Loads the config file now, so that its errors appear here and not where it is first used."""
+    try:
+        getattr(values, name)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--{name} cannot be read: {_reason(error)}") from error
+
+
+def help_text(command: str, job: Any, values: flags.FlagValues) -> str:
+    """What `COMMAND --help` prints: the job's docstring, its flags with defaults, the config's keys where it takes one."""
+    lines = [f"usage: python -m dip_jax {command} [flags]", "", job.__doc__.strip(), "", "flags:"]
+    for flag in _flags(values).values():
+        default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+        text = textwrap.wrap(f"{flag.help}{default}", width=88)
+        lines += [f"  --{flag.name:<20} {text[0]}", *(f"{'':<25}{line}" for line in text[1:])]
+    if "config" in values:
+        lines += ["", "config keys, overridden by --config.SECTION.KEY=VALUE (meaning: dip_jax/config.py):"]
+        for section, options in dataclasses.asdict(config.Config()).items():
+            keys = ", ".join(f"{key}={value!r}" for key, value in options.items())
+            lines += textwrap.wrap(f"{section}: {keys}", width=112, initial_indent="  ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _flags(values: flags.FlagValues) -> dict[str, flags.Flag]:
+    """The flags in the order in which they were defined."""
+    return {flag.name: flag for module in values.flags_by_module_dict().values() for flag in module}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error.args[0] if error.args else error).split())
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in one line."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"no such file {error.filename}"
+    return f"{type(error).__name__}: {_one_line(error)}"

@@ -1,0 +1,63 @@
+"""The training state: what a step changes and a checkpoint keeps. Born sharded, the same on every mesh."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from dip_jax import sharding
+from dip_jax.typing import Params, PRNGKey
+
+
+@struct.dataclass
+class TrainState:
+    """Step counter, float32 parameters, optimizer state, and the exponential moving average of the parameters."""
+
+    step: Int[Array, ""]  # updates done; int32
+    params: Params
+    opt_state: Any
+    ema: Params
+
+
+def create_state(model: Any, optimizer: optax.GradientTransformation, key: PRNGKey) -> TrainState:
+    """The state at step 0. The EMA starts as the parameters. Pure: jit it (see `init_sharded`)."""
+    params = model.init(key)
+    ema = jax.tree.map(jnp.copy, params)  # a buffer of its own: the step donates both
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), ema=ema)
+
+
+def state_shardings(model: Any, optimizer: optax.GradientTransformation, mesh: Mesh, *, zero1: bool = False) -> TrainState:
+    """The sharding of every array of the state, by the logical axes of the parameters.
+
+    Optimizer moments follow their parameter; scalars are replicated. With `zero1` the moments and the EMA are also split
+    over the data axis, along the first dimension that it divides (ZeRO stage 1).
+    """
+    axes = model.logical_axes()
+    params = sharding.shardings(mesh, axes)
+    abstract = jax.eval_shape(functools.partial(create_state, model, optimizer), jax.random.key(0))
+    averaged = jax.tree.map(functools.partial(_split_over_data, mesh), params, abstract.params) if zero1 else params
+    replicated = NamedSharding(mesh, PartitionSpec())
+    opt_state = optax.tree_map_params(
+        optimizer, lambda _, s: s, abstract.opt_state, averaged, transform_non_params=lambda _: replicated
+    )
+    return TrainState(step=replicated, params=params, opt_state=opt_state, ema=averaged)
+
+
+def init_sharded(model: Any, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState) -> TrainState:
+    """`create_state` compiled so that every array is born where `shardings` puts it; same values on every mesh."""
+    create = jax.jit(functools.partial(create_state, model, optimizer), out_shardings=shardings)
+    return create(jax.random.key(seed))
+
+
+def _split_over_data(mesh: Mesh, placed: NamedSharding, array: jax.ShapeDtypeStruct) -> NamedSharding:
+    entries = [*placed.spec, *[None] * (array.ndim - len(placed.spec))]
+    for dim, entry in enumerate(entries):
+        if entry is None and array.shape[dim] % mesh.shape["data"] == 0:
+            entries[dim] = "data"
+            return NamedSharding(mesh, PartitionSpec(*entries))
+    return placed

@@ -1,0 +1,111 @@
+"""One training step on one page: uint8 batch -> loss -> gradients -> AdamW -> EMA, or nothing at all if a number is bad."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from dip_jax import flow, sharding
+from dip_jax.config import Flow, Optim
+from dip_jax.optim import ema_decay
+from dip_jax.state import TrainState
+from dip_jax.typing import Images, Params, PRNGKey, RawImages
+
+Metrics = dict[str, Float[Array, ""]]
+Batch = dict[str, Array]  # {"image": uint8 [B, H, W, C], "label": int32 [B]}
+
+
+def to_float(image: RawImages) -> Images:
+    """uint8 pixels to float32 in [-1, 1]."""
+    return image.astype(jnp.float32) / 127.5 - 1.0
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    key: PRNGKey,
+    *,
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    objective: Flow,
+    optim: Optim,
+) -> tuple[TrainState, Metrics]:
+    """One update. Pure; jit it through `compile_train_step`.
+
+    The step's randomness is `key` folded with `state.step`, so step k of any run with this key draws the same noise. A
+    non-finite loss or gradient norm leaves parameters, optimizer and EMA as they were; the step still counts.
+
+    Returns:
+        The new state and float32 scalars: loss, grad_norm (before clipping), param_norm, and
+        skipped (1 where the update was not applied).
+    """
+    key = jax.random.fold_in(key, state.step)
+    image = sharding.constrain(to_float(batch["image"]), "batch", "height", "width", "channels")
+    corrupted = flow.corrupt(key, image, batch["label"], flow=objective, null_label=model.config.num_classes)
+    loss, grads = _value_and_grad(model, state.params, corrupted, parts=optim.accumulate)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = ema_decay(optim, state.step)
+    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+
+    new = (params, opt_state, ema)
+    old = (state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.tree.map(functools.partial(jnp.where, finite), new, old)
+    metrics = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "param_norm": optax.global_norm(params),
+        "skipped": 1.0 - finite.astype(jnp.float32),
+    }
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+
+
+def _value_and_grad(model: Any, params: Params, batch: flow.Corrupted, *, parts: int) -> tuple[Array, Params]:
+    """Loss and gradient of the batch; with `parts` > 1 as the mean over micro-batches run one after the other."""
+
+    def loss(params, batch):
+        return flow.loss(functools.partial(model.apply, params), batch)
+
+    if parts == 1:
+        return jax.value_and_grad(loss)(params, batch)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, part)), None
+
+    # Strided, so that every device keeps its own examples in each micro-batch.
+    micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zero, micro)
+    return jax.tree.map(lambda a: a / parts, total)
+
+
+def compile_train_step(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+    mesh: Mesh,
+    *,
+    objective: Flow,
+    optim: Optim,
+) -> Callable[[TrainState, Batch, PRNGKey], tuple[TrainState, Metrics]]:
+    """The jitted step: the state donated and kept where `shardings` puts it, the batch split over devices, metrics replicated.
+
+    Call it under `jax.set_mesh(mesh)` and `sharding.use_rules`.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    batch = NamedSharding(mesh, sharding.spec(("batch",)))
+    step = functools.partial(train_step, model=model, optimizer=optimizer, objective=objective, optim=optim)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, {"image": batch, "label": batch}, replicated),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
