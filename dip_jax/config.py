@@ -192,6 +192,7 @@ class Sample:
     guidance: float = 4.0  # v = v_u + guidance * (v_c - v_u)
     interval: tuple[float, float] = (0.1, 1.0)  # guidance applies where low < t < high, strictly
     t_shift: float = 1.0  # time grid t / (t + (1 - t) t_shift)
+    sde_noise: float = 1.0  # sde: g^2 = 2 sde_noise (1 - t); 0 is the ODE
     batch_size: int = 64  # images per compiled call, over all devices
 
     def __post_init__(self):
@@ -199,6 +200,8 @@ class Sample:
         _positive("sample", self, "t_shift", "batch_size")
         if not 1 <= self.steps <= 1000:
             raise UserError(f"sample.steps={self.steps} must lie in 1..1000")
+        if not self.sde_noise >= 0:
+            raise UserError(f"sample.sde_noise={self.sde_noise} must not be negative")
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise UserError(f"sample.interval={self.interval} must be low,high with 0 <= low <= high <= 1")
 
