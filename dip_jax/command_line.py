@@ -1,6 +1,7 @@
 """Reading the command line: the --config flag, absl's errors as one clear line, and help that helps."""
 
 import dataclasses
+import os
 import re
 import sys
 import textwrap
@@ -26,6 +27,10 @@ def read_config(values: flags.FlagValues) -> config.Config:
     """
     if values.config is None:
         raise UserError("--config is missing: name a file, such as --config=configs/demo.py")
+    try:
+        values.config.keys()  # a file that did not load raises at the first touch
+    except Exception as error:
+        raise UserError(f"--config cannot be read: {_reason(error)}") from error
     return config.from_config_dict(values.config)
 
 
@@ -38,6 +43,9 @@ def parse(values: flags.FlagValues, command: str, argv: list[str]) -> None:
     """
     for key in re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), flags=re.MULTILINE):
         config.check_key(key)
+    for path in re.findall(r"^--?config[=\n]([^:\n]*)", "\n".join(argv), flags=re.MULTILINE):
+        if not os.path.isfile(path):
+            raise UserError(f"--config={path}: no such file; configs/demo.py is one that every checkout has")
     sys.argv = [command, *argv]  # config_flags looks for its overrides there
     try:
         rest = values(sys.argv)[1:]
@@ -47,18 +55,6 @@ def parse(values: flags.FlagValues, command: str, argv: list[str]) -> None:
         raise UserError(f"--config cannot be read: {_reason(error)}") from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
-    for name in _flags(values):
-        _evaluate(values, name)
-
-
-def _evaluate(values: flags.FlagValues, name: str) -> None:
-    """Loads the config file now, so that its errors appear here and not where it is first used."""
-    try:
-        getattr(values, name)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"--{name} cannot be read: {_reason(error)}") from error
 
 
 def help_text(command: str, job: Any, values: flags.FlagValues) -> str:
@@ -89,6 +85,4 @@ def _reason(error: BaseException) -> str:
     """The innermost cause, in one line."""
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__
-    if isinstance(error, FileNotFoundError) and error.filename:
-        return f"no such file {error.filename}"
     return f"{type(error).__name__}: {_one_line(error)}"

@@ -57,8 +57,8 @@ class Model:
         for name, value in zip(("depth", "width", "num_heads"), SIZES[self.size], strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        size = (self.image_size,) if isinstance(self.image_size, int) else tuple(self.image_size)
-        object.__setattr__(self, "image_size", size * 2 if len(size) == 1 else size)
+        if len(self.image_size) == 1:
+            object.__setattr__(self, "image_size", self.image_size * 2)
         if self.inject_after is None:
             object.__setattr__(self, "inject_after", self.depth // 2)
         self._check()
@@ -322,8 +322,6 @@ def _typed(key: str, value: Any, annotation: Any) -> Any:
     if value is None and types.NoneType in kinds:
         return None
     if typing.get_origin(kind) is tuple:
-        if key == "model.image_size" and isinstance(value, int):
-            return (value,)
         if isinstance(value, list | tuple):
             return tuple(tuple(item) if isinstance(item, list | tuple) else item for item in value)
         kind = tuple

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Data, training, sampling, evaluation and a report on ten photographs: the whole of dip_jax, on whatever this machine has.
+# Run it again after an interruption, and it goes on where it stopped.
+#
+# usage: bash launch/demo.sh [--accelerator auto|cpu|cuda|tpu] [--workdir DIR] [--quick] [--config.KEY=VALUE ...]
+#
+#   --accelerator   what to compute on; auto takes a GPU or TPU where there is one    (auto)
+#   --workdir       where checkpoints, logs and report.html go                        (runs/demo beside this folder)
+#   --quick         leave out the metric row of the raw (not averaged) weights
+#   --config.*      overrides of configs/demo.py, such as --config.train.steps=200
+set -euo pipefail
+ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+accelerator=auto workdir=$ROOT/runs/demo train_flags=() evaluate_flags=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --accelerator=*) accelerator=${1#*=} ;;
+    --accelerator) accelerator=${2:?--accelerator needs a value}; shift ;;
+    --workdir=*) workdir=${1#*=} ;;
+    --workdir) workdir=${2:?--workdir needs a value}; shift ;;
+    --quick) evaluate_flags+=(--quick) ;;
+    --config.*) train_flags+=("$1") ;;
+    -h|--help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) echo "demo.sh: unknown argument '$1': see --help" >&2; exit 2 ;;
+  esac
+  shift
+done
+workdir=$(realpath -m -- "$workdir")
+dataset=$ROOT/datasets/photo_crops
+
+bash "$ROOT/launch/install.sh" --accelerator "$accelerator"
+# shellcheck source=launch/env.sh
+source "$ROOT/launch/env.sh" "$accelerator"
+dip=("$ROOT/.venv/bin/python" -m dip_jax)
+
+cd "$ROOT"
+[ -f "$dataset/dataset.json" ] || "${dip[@]}" prepare --source=photo_crops --image_size=64 --out="$dataset"
+"${dip[@]}" train --config=configs/demo.py --workdir="$workdir" --config.data.path="$dataset" \
+  --config.eval.reference="$dataset/validation" "${train_flags[@]+"${train_flags[@]}"}"
+"${dip[@]}" evaluate --workdir="$workdir" "${evaluate_flags[@]+"${evaluate_flags[@]}"}"

@@ -1,0 +1,104 @@
+"""Arrows run one way: every file stands on a floor and imports only from lower ones; some libraries have one door each."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "dip_jax"
+
+FLOORS = {
+    "errors": 0,
+    "typing": 0,
+    "config": 0.5,  # reads errors
+    "command_line": 1,
+    "flow": 1,
+    "sharding": 1,
+    "optim": 1,
+    "distributed": 1,
+    "guard": 1,
+    "writers": 1,
+    "torch_file": 1,
+    "models.patches": 2,
+    "models.layers": 2,
+    "state": 2,
+    "sampler": 2,
+    "models.backbone": 3,
+    "models.detailers": 3,
+    "step": 3,
+    "models.placement": 4,
+    "models.dip": 5,
+    "checkpoint": 6,
+    "report": 7,
+    "jobs.sample": 8,
+    "jobs.prepare": 8,
+    "jobs.convert": 8,
+    "jobs.info": 8,
+    "jobs.evaluate": 9,
+    "jobs.train": 10,
+    "__main__": 11,
+    "__init__": 11,
+}
+FOLDERS = {"data": (2, 3), "metrics": (2, 3)}  # files of these may import each other in one order, tested by importing them
+
+ONE_DOOR = {  # third-party module -> the only places that may import it
+    "flax.linen": ("models.",),
+    "orbax": ("checkpoint",),
+    "tensorboardX": ("writers", "metrics."),
+    "matplotlib": ("report",),
+    "grain": ("data.",),
+    "tensorflow_datasets": ("data.",),
+    "array_record": ("data.", "jobs.prepare"),
+    "tensorflow": (),
+    "torch": (),
+    "pickle": ("torch_file",),
+}
+
+
+def modules() -> dict[str, pathlib.Path]:
+    files = {path.relative_to(PACKAGE).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
+    return {".".join(name.parts): path for name, path in files.items() if name.name != "__init__" or len(name.parts) == 1}
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Every module that the file imports, anywhere in it; `from a import b` gives both a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def floor(name: str) -> float:
+    folder = name.split(".")[0]
+    if name not in FLOORS and folder in FOLDERS:
+        return FOLDERS[folder][1]
+    assert name in FLOORS, f"dip_jax/{name.replace('.', '/')}.py stands on no floor: give it one in {__file__}"
+    return FLOORS[name]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_come_from_lower_floors(name):
+    known = modules()
+    for imported in imports(modules()[name]):
+        target = imported.removeprefix("dip_jax.")
+        if not imported.startswith("dip_jax.") or target not in known:
+            continue
+        same_folder = name.split(".")[0] in FOLDERS and name.split(".")[0] == target.split(".")[0]
+        assert same_folder or floor(target) < floor(name), (
+            f"{name} (floor {floor(name)}) imports {target} (floor {floor(target)})"
+        )
+
+
+@pytest.mark.parametrize("library", ONE_DOOR)
+def test_libraries_have_one_door(library):
+    for name, path in modules().items():
+        used = any(imported == library or imported.startswith(library + ".") for imported in imports(path))
+        assert not used or name.startswith(ONE_DOOR[library]), f"{name} imports {library}: only {ONE_DOOR[library]} may"
+
+
+def test_no_heap_modules():
+    assert not {"utils", "common", "helpers", "misc"} & {part for name in modules() for part in name.split(".")}
