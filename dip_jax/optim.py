@@ -1,5 +1,6 @@
 """AdamW and its schedule as one optax chain; the decay of the weight average."""
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
@@ -28,7 +29,13 @@ def make_optimizer(optim: Optim, *, total_steps: int) -> optax.GradientTransform
         eps=optim.eps,
         weight_decay=optim.weight_decay,
     )
-    return adamw if optim.grad_clip is None else optax.chain(optax.clip_by_global_norm(optim.grad_clip), adamw)
+    chain = adamw if optim.grad_clip is None else optax.chain(optax.clip_by_global_norm(optim.grad_clip), adamw)
+
+    def update(updates, state, params=None):
+        with jax.numpy_dtype_promotion("standard"):  # optax raises float rates to integer counts
+            return chain.update(updates, state, params)
+
+    return optax.GradientTransformation(chain.init, update)
 
 
 def ema_decay(optim: Optim, step: Int[Array, ""]) -> Float[Array, ""]:

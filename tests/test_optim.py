@@ -1,0 +1,43 @@
+"""Schedules, clipping, and the average that one published port has inverted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dip_jax.config import Optim
+from dip_jax.optim import ema_decay, learning_rate, make_optimizer
+
+
+def test_schedules():
+    constant = learning_rate(Optim(learning_rate=2.0, warmup_steps=10), total_steps=100)
+    np.testing.assert_allclose([constant(k) for k in (0, 5, 10, 99)], [0, 1, 2, 2])
+    cosine = learning_rate(Optim(learning_rate=2.0, warmup_steps=10, schedule="cosine"), total_steps=110)
+    np.testing.assert_allclose([cosine(k) for k in (0, 10, 60, 110)], [0, 2, 1, 0], atol=1e-6)
+
+
+def test_first_adamw_step_is_the_learning_rate_whatever_the_gradient():
+    params = {"w": jnp.ones(3)}
+    optimizer = make_optimizer(Optim(learning_rate=0.1), total_steps=10)
+    updates, _ = optimizer.update({"w": jnp.asarray([1e-3, 1.0, -50.0])}, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.1, -0.1, 0.1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("grad_clip", [None, 1.0])
+def test_clipping_acts_on_the_global_norm(grad_clip):
+    params = {"w": jnp.zeros(1), "b": jnp.zeros(1)}
+    # Only a state that remembers the raw gradient can tell: AdamW's first moment does.
+    optimizer = make_optimizer(Optim(grad_clip=grad_clip, b1=0.9), total_steps=10)
+    _, state = optimizer.update({"w": jnp.asarray([30.0]), "b": jnp.asarray([40.0])}, optimizer.init(params), params)
+    first_moment = optax.tree.get(state, "mu")
+    scale = 1 if grad_clip is None else 1 / 50
+    np.testing.assert_allclose(first_moment["w"], 0.1 * 30 * scale, rtol=1e-5)
+    np.testing.assert_allclose(first_moment["b"], 0.1 * 40 * scale, rtol=1e-5)
+
+
+def test_ema_decay():
+    assert float(ema_decay(Optim(ema_decay=0.9999), jnp.asarray(0))) == pytest.approx(0.9999)
+    warmed = Optim(ema_decay=0.99, ema_warmup=True)
+    decays = jax.vmap(lambda k: ema_decay(warmed, k))(jnp.asarray([0, 10, 100_000]))
+    np.testing.assert_allclose(decays, [0.1, 11 / 20, 0.99], rtol=1e-6)
