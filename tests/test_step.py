@@ -1,0 +1,154 @@
+"""One step, for real: the average moves the right way, a bad number changes nothing, micro-batches and mesh do not matter."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dip_jax import config, sharding, state, step
+from dip_jax.models import dip
+from dip_jax.optim import make_optimizer
+
+MODEL = dip.from_config(
+    config.Model(
+        size="tiny",
+        depth=2,
+        width=32,
+        num_heads=2,
+        patch_size=8,
+        image_size=(16, 16),
+        num_classes=3,
+        head_width=4,
+        head_depth=2,
+        dtype="float32",
+        remat="none",
+        head_remat=False,
+    )
+)
+OPTIM = config.Optim(learning_rate=1e-2, ema_decay=0.9)
+
+
+def random_batch(seed: int, size: int = 8) -> dict:
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (size, 16, 16, 3), dtype=np.uint8)
+    return {"image": image, "label": rng.integers(0, 3, size).astype(np.int32)}
+
+
+@functools.cache
+def compiled(mesh_sizes: config.Mesh, optim: config.Optim = OPTIM, devices: int = 8):
+    mesh = sharding.make_mesh(mesh_sizes, jax.devices()[:devices])
+    optimizer = make_optimizer(optim, total_steps=100)
+    shardings = state.state_shardings(MODEL, optimizer, mesh, zero1=mesh_sizes.zero1)
+    run = step.compile_train_step(MODEL, optimizer, shardings, mesh, objective=config.Flow(), optim=optim)
+    return mesh, optimizer, shardings, run
+
+
+def train(mesh_sizes: config.Mesh, steps: int, *, optim: config.Optim = OPTIM, devices: int = 8, bad: int | None = None):
+    """The state and the metrics of every step; batch `bad`, if given, meets a NaN in the weights' gradient."""
+    mesh, optimizer, shardings, run = compiled(mesh_sizes, optim, devices)
+    history = []
+    with jax.set_mesh(mesh):
+        current = state.init_sharded(MODEL, optimizer, 0, shardings)
+        for k in range(steps):
+            current, metrics = run(current, random_batch(k), jax.random.key(7))
+            history.append({name: float(value) for name, value in metrics.items()})
+    return current, history
+
+
+ONE = config.Mesh(data=1)
+
+
+def test_loss_falls_and_metrics_are_finite():
+    mesh, optimizer, shardings, run = compiled(ONE, devices=1)
+    batch = random_batch(0)
+    losses = []
+    with jax.set_mesh(mesh):
+        current = state.init_sharded(MODEL, optimizer, 0, shardings)
+        for _ in range(30):
+            current, metrics = run(current, batch, jax.random.key(0))
+            losses.append(float(metrics["loss"]))
+    assert int(current.step) == 30
+    assert all(np.isfinite(losses)) and np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_ema_moves_by_one_minus_decay():
+    """The published inversion would give (1 - decay) * old + decay * new."""
+    mesh, optimizer, shardings, run = compiled(ONE, devices=1)
+    with jax.set_mesh(mesh):
+        before = state.init_sharded(MODEL, optimizer, 0, shardings)
+        start = jax.device_get(before.params)
+        after, _ = run(before, random_batch(0), jax.random.key(0))
+    expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, start, jax.device_get(after.params))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), jax.device_get(after.ema), expected)
+
+
+def test_a_non_finite_gradient_changes_nothing_but_the_counter():
+    mesh, optimizer, shardings, _ = compiled(ONE, devices=1)
+    poisoned = dataclasses.replace(MODEL)
+    object.__setattr__(poisoned, "apply", lambda params, x, t, y: MODEL.apply(params, x, t, y) * jnp.nan)
+    run = step.compile_train_step(poisoned, optimizer, shardings, mesh, objective=config.Flow(), optim=OPTIM)
+    with jax.set_mesh(mesh):
+        before = state.init_sharded(MODEL, optimizer, 0, shardings)
+        kept = jax.device_get((before.params, before.opt_state, before.ema))
+        after, metrics = run(before, random_batch(0), jax.random.key(0))
+    assert float(metrics["skipped"]) == 1 and int(after.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((after.params, after.opt_state, after.ema)), kept)
+
+
+def test_same_step_same_noise_next_step_other_noise():
+    _, first = train(ONE, 3, devices=1)
+    _, again = train(ONE, 3, devices=1)
+    assert first == again
+    frozen = dataclasses.replace(OPTIM, learning_rate=1e-30)
+    mesh, optimizer, shardings, run = compiled(ONE, frozen, 1)
+    with jax.set_mesh(mesh):
+        current = state.init_sharded(MODEL, optimizer, 0, shardings)
+        current, one = run(current, random_batch(0), jax.random.key(0))
+        current, two = run(current, random_batch(0), jax.random.key(0))
+    assert float(one["loss"]) != float(two["loss"])
+
+
+def test_micro_batches_give_the_same_step():
+    _, whole = train(ONE, 3, devices=1)
+    _, parts = train(ONE, 3, optim=dataclasses.replace(OPTIM, accumulate=4), devices=1)
+    np.testing.assert_allclose([m["loss"] for m in parts], [m["loss"] for m in whole], rtol=1e-5)
+    np.testing.assert_allclose([m["grad_norm"] for m in parts], [m["grad_norm"] for m in whole], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [config.Mesh(data=8), config.Mesh(data=1, fsdp=8), config.Mesh(data=2, fsdp=2, tensor=2), config.Mesh(data=8, zero1=True)],
+    ids=["data", "fsdp", "mixed", "zero1"],
+)
+def test_the_mesh_does_not_change_the_run(sizes):
+    alone, losses = train(ONE, 3, devices=1)
+    spread, others = train(sizes, 3)
+    np.testing.assert_allclose([m["loss"] for m in others], [m["loss"] for m in losses], rtol=1e-5)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=2e-4), jax.device_get(spread.ema), jax.device_get(alone.ema)
+    )
+
+
+def test_parameters_are_born_sharded_and_equal_on_every_mesh():
+    mesh, optimizer, shardings, _ = compiled(config.Mesh(data=1, fsdp=8))
+    with jax.set_mesh(mesh):
+        spread = state.init_sharded(MODEL, optimizer, 0, shardings)
+    split = [a for a in jax.tree.leaves(spread.params) if not a.sharding.is_fully_replicated]
+    assert sum(a.size for a in split) > 0.5 * sum(a.size for a in jax.tree.leaves(spread.params))
+    alone, _ = train(ONE, 0, devices=1)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(spread.params), jax.device_get(alone.params))
+
+
+def test_zero1_splits_the_average_but_not_the_parameters():
+    _, _, shardings, _ = compiled(config.Mesh(data=8, zero1=True))
+    assert all(s.is_fully_replicated for s in jax.tree.leaves(shardings.params))
+    assert not all(s.is_fully_replicated for s in jax.tree.leaves(shardings.ema))
+
+
+def test_no_second_compilation():
+    mesh, optimizer, shardings, run = compiled(ONE, devices=1)
+    train(ONE, 4, devices=1)
+    assert run._cache_size() == 1
