@@ -1,0 +1,109 @@
+"""One image: bytes -> RGB pixels, ADM's centre crop, and the encodings that a dataset may store.
+
+Whatever Pillow reads becomes 8-bit RGB as ADM's loader has it (`convert("RGB")`), so that crops are bit-equal to ADM's:
+    greyscale, palette, CMYK   converted;
+    alpha                      dropped, not blended: the colours under it show;
+    16-bit greyscale           the high byte (Pillow itself would clip at 255);
+    animated                   the first frame;
+    EXIF orientation           ignored, as ADM does: a rotated photograph stays as its pixels are stored;
+    file extension             ignored: the content decides.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+# Pillow raises above twice this number, before it decodes a pixel: a few kilobytes can hold gigabytes of them.
+MAX_PIXELS = 200_000_000
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+
+ENCODINGS = ("original", "raw", "png", "webp", "jpeg")
+
+
+class BadImageError(Exception):
+    """Bytes that are no usable image; the message is the reason, in one line."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """The first frame of an encoded image as 8-bit RGB, fully decoded.
+
+    Raises:
+        BadImageError: for empty, truncated, damaged or unknown data, and for more than `MAX_PIXELS` pixels.
+    """
+    if not data:
+        raise BadImageError("empty file")
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return _to_rgb(image)
+    except BadImageError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadImageError("not an image in a format that Pillow reads") from None
+    except Exception as error:  # Pillow's plugins raise nearly anything (struct.error, SyntaxError, ...) on damaged bytes
+        raise BadImageError(" ".join(f"{type(error).__name__}: {error}".split())) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise BadImageError(f"integers beyond 16 bits (mode {image.mode})")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadImageError("floating-point pixels (mode F) have no agreed range")
+    if "transparency" in image.info:  # a palette's alpha: spelt out, because Pillow warns otherwise
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's crop: halve with a box filter while the short side is at least 2 * size, bicubic to size, then the centre square.
+
+    Raises:
+        BadImageError: if so thin an image would have to grow beyond `MAX_PIXELS` pixels on the way.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MAX_PIXELS:
+        raise BadImageError(f"{image.width}x{image.height} pixels are too thin to crop at {size}")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def encode(image: Image.Image, encoding: str, *, quality: int) -> bytes:
+    """Pixels as stored in a dataset: raw (uint8 rows), png, webp (lossless) or jpeg (at `quality`, full colour resolution)."""
+    if encoding == "raw":
+        return image.tobytes()
+    options = {
+        "png": {"compress_level": 3},
+        "webp": {"lossless": True, "quality": 50},  # of a lossless file this is the effort
+        "jpeg": {"quality": quality, "subsampling": 0},
+    }[encoding]
+    buffer = io.BytesIO()
+    image.save(buffer, encoding.upper(), **options)
+    return buffer.getvalue()
+
+
+def pixels(data: bytes, encoding: str, *, image_size: int, stored_size: int | None) -> np.ndarray:
+    """Stored bytes -> uint8 [image_size, image_size, 3]; what `encode` and "original" stored is cropped where it must be.
+
+    Raises:
+        BadImageError: if the bytes do not hold such an image.
+    """
+    if encoding == "raw":
+        if len(data) != image_size * image_size * 3:
+            raise BadImageError(f"{len(data)} bytes are not {image_size}x{image_size}x3 pixels")
+        return np.frombuffer(data, np.uint8).reshape(image_size, image_size, 3)
+    image = decode(data)
+    if stored_size is None:
+        image = center_crop(image, image_size)
+    if image.size != (image_size, image_size):
+        raise BadImageError(f"{image.width}x{image.height} pixels where {image_size}x{image_size} were expected")
+    return np.asarray(image)
