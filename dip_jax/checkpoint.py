@@ -1,0 +1,311 @@
+"""Checkpoints: the only file that knows Orbax.
+
+A step directory `WORKDIR/checkpoints/STEP` holds three items, each readable without the others, and their hashes:
+
+    state/           step, params, opt_state: what training goes on from
+    ema/             the averaged weights: what everybody else wants
+    config/          JSON: the config, what the data order depends on, counters
+    MANIFEST.sha256  written last, inside the same atomic commit
+
+Restore order:
+
+ 1. List the directories named by a number, newest first. Unfinished ones have other names and are removed at start.
+ 2. Hash every file and compare with the manifest. A missing, extra or changed file is damage: the step is reported, moved to
+    `checkpoints/damaged/` (never deleted), and the next older one is tried.
+ 3. Nothing left and nothing damaged: training starts at step 0. Nothing left but damaged steps: stop, the user decides.
+ 4. Read `config`. The caller refuses another config or other data here, before anything is compiled.
+ 5. Compare every leaf of `state` and `ema` with the target: names, shapes, dtypes. A difference is an error listing leaves.
+ 6. Read the arrays straight onto the target's shardings, whatever mesh or host count wrote them.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from dip_jax import distributed, guard, steps
+from dip_jax.config import Checkpoint, Config, from_dict, to_dict
+from dip_jax.errors import UserError
+from dip_jax.models import dip
+from dip_jax.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The `config` item: everything about a run that is not an array."""
+
+    config: Config
+    data: dict[str, Any]  # what the order of the data depends on, beside the seed
+    salt: int = 0  # rollbacks so far; each changes the order of the data
+    skipped: int = 0  # updates not applied because of a non-finite number, so far
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """An undamaged step and its record."""
+
+    step: int
+    path: epath.Path
+    record: Record
+
+
+class Checkpoints:
+    """The checkpoints of one workdir: asynchronous atomic saves, verified restores, old steps deleted.
+
+    Args:
+        workdir: made absolute; created where missing.
+        options: whether to verify, what to keep.
+        report: called with one line for each damaged step; prints to stderr by default.
+
+    Raises:
+        UserError: if the workdir cannot be written.
+    """
+
+    def __init__(self, workdir: epath.PathLike, options: Checkpoint, *, report: Callable[[str], None] | None = None):
+        _quieten_orbax()
+        self.root = guard.absolute(workdir) / steps.ROOT
+        self._options = options
+        self._report = report or _print
+        self._current = self.root  # the step being written
+        self._saving: concurrent.futures.Future | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writer = _async_writer(lambda: steps.write_manifest(self._current))
+        if jax.process_index() == 0:
+            guard.require_writable(self.root)
+            steps.clean(self.root)
+
+    def find(self) -> Found | None:
+        """The newest undamaged step (1 to 4 of the restore order); None where training starts at step 0.
+
+        Raises:
+            UserError: if every step is damaged, or the record cannot be understood.
+        """
+        step = None
+        if jax.process_index() == 0:
+            step = steps.newest(self.root, verify=self._options.verify, on_damage=self._set_aside)
+        step = distributed.agree(-1 if step is None else step)
+        if step >= 0:
+            path = self.root / str(step)
+            return Found(step, path, read_record(path))
+        if steps.all_damaged(self.root):
+            raise UserError(
+                f"no undamaged checkpoint is left under {self.root}: the damaged ones are in its directory damaged/; "
+                "move that away to start again from step 0"
+            )
+        return None
+
+    def _set_aside(self, step: int, fault: str) -> None:
+        place = steps.set_aside(self.root, step)
+        self._report(f"checkpoint {step} is damaged ({fault}): moved to {place}, trying the one before")
+
+    def restore(self, found: Found, target: Any) -> Any:
+        """Reads the arrays of a found step (5 and 6 of the restore order).
+
+        Args:
+            found: from `find`.
+            target: a `TrainState` of `jax.ShapeDtypeStruct` with shardings, of any mesh.
+
+        Raises:
+            UserError: if names, shapes or dtypes differ from the target, listing leaves.
+        """
+        state, ema = _split(target)
+        return target.replace(**_read(found.path / "state", state), ema=_read(found.path / "ema", ema))
+
+    def save(self, step: int, state: Any, record: Record) -> None:
+        """Starts a save and returns once the arrays are copied off the devices. Does nothing where the step exists.
+
+        Raises:
+            UserError: if the disk is too full or the save before this one failed, naming the last good step.
+        """
+        self.wait()
+        if (self.root / str(step)).exists():
+            return
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        guard.require_space(self.root, int(1.1 * size))
+        self._current = self.root / str(step)
+        tree, ema = _split(state)
+        items = {"state": ocp.args.PyTreeSave(tree), "ema": ocp.args.PyTreeSave(ema), "config": _config_item(record)}
+        try:
+            self._writer.save(self._current, args=ocp.args.Composite(**items))
+        except OSError as error:
+            raise self._failure(error) from error
+        self._saving = self._thread.submit(self._finish)
+
+    def _finish(self) -> None:
+        self._writer.wait_until_finished()
+        if jax.process_index() == 0:
+            steps.prune(self.root, keep_last=self._options.keep_last, keep_every=self._options.keep_every)
+
+    def check(self) -> None:
+        """Whether a background save failed; costs nothing, so call it after every step.
+
+        Raises:
+            UserError: if one did, naming the last good step.
+        """
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save under way; raises as `check`."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            saving.result()
+        except Exception as error:  # a full disk comes wrapped in many types
+            raise self._failure(error) from error
+
+    def _failure(self, error: BaseException) -> UserError:
+        good = steps.complete(self.root)
+        last = f"the last good one is step {good[-1]}" if good else "there is no earlier one"
+        return UserError(
+            f"saving {self._current} failed ({_reason(error)}); {last}; mend this, then run the same command again"
+        )
+
+    def close(self) -> None:
+        """Waits for the save under way and frees the threads; raises as `check`."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._writer.close()
+
+
+def load(path: epath.PathLike, *, weights: str = "ema", verify: bool = True) -> tuple[Any, Params]:
+    """A trained model and its weights; needs no config, mesh or optimizer.
+
+    Args:
+        path: a workdir (its newest undamaged step is used), a step directory, or what `convert` wrote.
+        weights: "ema" (what samples are drawn from), "raw" (the last update), or "initial" (step 0, made anew from the seed).
+        verify: check the SHA-256 manifest first.
+
+    Returns:
+        The model, and a nested dict of float32 arrays.
+
+    Raises:
+        UserError: if there is no checkpoint, it is damaged, or it lacks the weights asked for.
+    """
+    _quieten_orbax()
+    if weights not in ("ema", "raw", "initial"):
+        raise UserError(f"weights={weights!r} is unknown: it is one of ema, raw, initial")
+    path = steps.find(path, verify=verify, report=_print)
+    record = read_record(path)
+    model = dip.from_config(record.config.model)
+    if weights == "initial":
+        return model, jax.jit(model.init)(jax.random.key(record.config.train.seed))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    if weights == "ema":
+        return model, _read(path / "ema", params)
+    return model, _read(path / "state", {"params": params}, partial=True)["params"]
+
+
+def read_record(path: epath.Path) -> Record:
+    """The `config` item of a step directory.
+
+    Raises:
+        UserError: if it is missing, or was written with options that this version does not know.
+    """
+    try:
+        values = json.loads((path / "config" / "metadata").read_text())
+        return Record(from_dict(values["config"]), dict(values["data"]), int(values["salt"]), int(values["skipped"]))
+    except UserError as error:
+        raise UserError(f"{path} was written with other options than this version knows: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} has no readable config item ({_reason(error)}): it is no dip_jax checkpoint") from error
+
+
+def write_weights(workdir: epath.PathLike, params: Params, *, config: Config, step: int = 0) -> epath.Path:
+    """Writes weights from elsewhere so that `load` reads them: the items `ema` and `config`, no `state`.
+
+    Raises:
+        UserError: if the step exists already or the directory cannot be written.
+    """
+    _quieten_orbax()
+    root = guard.absolute(workdir) / steps.ROOT
+    guard.require_writable(root)
+    path = root / str(step)
+    if path.exists():
+        raise UserError(f"{path} exists already: choose another output directory")
+    with _async_writer(lambda: steps.write_manifest(path)) as writer:
+        items = {"ema": ocp.args.PyTreeSave(params), "config": _config_item(Record(config, {}))}
+        writer.save(path, args=ocp.args.Composite(**items))
+    return path
+
+
+def _split(state: Any) -> tuple[dict[str, Any], Any]:
+    """The items `state` and `ema` of a `TrainState`."""
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}, state.ema
+
+
+def _config_item(record: Record) -> ocp.args.JsonSave:
+    values = dataclasses.asdict(record) | {"config": to_dict(record.config)}
+    return ocp.args.JsonSave(json.loads(json.dumps(values)))  # tuples as lists, as they will be read
+
+
+def _async_writer(before_commit: Callable[[], None]) -> ocp.AsyncCheckpointer:
+    options = ocp.AsyncOptions(post_finalization_callback=before_commit)
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+
+
+def _read(item: epath.Path, target: Any, *, partial: bool = False) -> Any:
+    """Arrays of one item as `target` (a tree of `ShapeDtypeStruct`, on the default device where it names no sharding)."""
+    if not item.is_dir():
+        raise UserError(f"{item.parent} holds no item {item.name!r}: it has other weights or was made by another command")
+    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or local), target)
+    with ocp.PyTreeCheckpointer() as reader:
+        stored = reader.metadata(item).item_metadata.tree
+        _compare(item, stored, target, partial=partial)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        return reader.restore(
+            item, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)
+        )
+
+
+def _compare(item: epath.Path, stored: Any, target: Any, *, partial: bool) -> None:
+    """Raises `UserError` listing up to five leaves in which the stored tree and the target differ."""
+    old, new = _leaves(stored), _leaves(target)
+    lines = [
+        f"{name}: {old[name]} in the checkpoint, {new[name]} here" for name in new if name in old and old[name] != new[name]
+    ]
+    lines += [f"{name}: not in the checkpoint" for name in new if name not in old]
+    lines += [f"{name}: only in the checkpoint" for name in old if name not in new and not partial]
+    if lines:
+        more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+        raise UserError(f"{item} does not fit this model: {'; '.join(lines[:5])}{more}")
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """Dotted name -> "float32[3, 4]" of every array."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): f"{np.dtype(x.dtype)}{list(x.shape)}" for path, x in flat}
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
+
+
+def _quieten_orbax() -> None:
+    """Keeps Orbax's tracebacks of background failures off stderr: every one is raised again, as one line, by `check`."""
+    logger = logging.getLogger("absl")
+    if _not_from_orbax not in logger.filters:
+        logger.addFilter(_not_from_orbax)
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,153 @@
+"""Step directories on disk: which exist, which are undamaged, which are kept.
+
+A step is `ROOT/NUMBER/` with `MANIFEST.sha256`, one line `DIGEST  NAME` per file as `sha256sum --check` reads it. Any file
+missing, extra or changed is damage. A damaged step is moved to `ROOT/damaged/`, never deleted; a step that the keep policy
+drops goes through `ROOT/todelete/`, so that a half-deleted one is never offered.
+"""
+
+import concurrent.futures
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator
+
+from etils import epath
+
+from dip_jax import guard
+from dip_jax.errors import UserError
+
+MANIFEST = "MANIFEST.sha256"
+ROOT = "checkpoints"  # inside a workdir
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is being written
+_COMMIT = "commit_success.txt"  # written after the manifest
+_CHUNK = 2**22
+
+
+def complete(root: epath.Path) -> list[int]:
+    """Numbers of the steps under `root`, oldest first; not yet verified."""
+    if not root.is_dir():
+        return []
+    return sorted(int(path.name) for path in root.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name))
+
+
+def newest(root: epath.Path, *, verify: bool, on_damage: Callable[[int, str], None]) -> int | None:
+    """The newest undamaged step; `on_damage(step, fault)` is called for each damaged one before it."""
+    for step in reversed(complete(root)):
+        fault = damage(root / str(step)) if verify else None
+        if fault is None:
+            return step
+        on_damage(step, fault)
+    return None
+
+
+def set_aside(root: epath.Path, step: int) -> epath.Path:
+    """Moves a damaged step to `root/damaged/`, where nothing looks for steps, and returns its new place."""
+    aside = root / "damaged"
+    aside.mkdir(exist_ok=True)
+    names = (f"{step}{suffix}" for suffix in itertools.chain([""], (f".{n}" for n in itertools.count(2))))
+    target = aside / next(name for name in names if not (aside / name).exists())
+    (root / str(step)).rename(target)
+    return target
+
+
+def all_damaged(root: epath.Path) -> bool:
+    """True where no step is left but damaged ones were set aside."""
+    return not complete(root) and (root / "damaged").is_dir()
+
+
+def prune(root: epath.Path, *, keep_last: int, keep_every: int) -> None:
+    """Deletes all steps but the last `keep_last` and those divisible by `keep_every` (0: none)."""
+    steps = complete(root)
+    keep = {*steps[-keep_last:], *(step for step in steps if keep_every and step % keep_every == 0)}
+    for step in steps:
+        if step not in keep:
+            (root / "todelete").mkdir(exist_ok=True)
+            (root / str(step)).rename(root / "todelete" / str(step))
+    clean(root, unfinished=False)
+
+
+def clean(root: epath.Path, *, unfinished: bool = True) -> None:
+    """Removes half-done deletions and, with `unfinished`, half-written steps of a run that was killed."""
+    for path in root.iterdir():
+        if path.name == "todelete" or (unfinished and UNFINISHED in path.name):
+            path.rmtree()
+
+
+def find(path: epath.PathLike, *, verify: bool, report: Callable[[str], None]) -> epath.Path:
+    """The step directory that a workdir, its `checkpoints` directory or a step directory stands for. Changes nothing on disk.
+
+    Raises:
+        UserError: if there is none, or none is undamaged.
+    """
+    path = guard.absolute(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is no directory: give a workdir or one of its checkpoints/STEP directories")
+    if (path / "config").is_dir() or (path / MANIFEST).exists():
+        if verify and (fault := damage(path)):
+            raise UserError(f"{path} is damaged ({fault}): use another step of the same workdir")
+        return path
+    root = path / ROOT if (path / ROOT).is_dir() else path
+    if not complete(root):
+        raise UserError(f"{path} holds no checkpoint: give a workdir or one of its checkpoints/STEP directories")
+    step = newest(
+        root,
+        verify=verify,
+        on_damage=lambda step, fault: report(f"checkpoint {step} is damaged ({fault}): using the one before"),
+    )
+    if step is None:
+        raise UserError(f"every checkpoint under {root} is damaged")
+    return root / str(step)
+
+
+def damage(path: epath.Path) -> str | None:
+    """What is wrong with a step by its manifest, in a few words; None where every file is as it was written."""
+    try:
+        lines = (path / MANIFEST).read_text().splitlines()
+        expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        actual = _digests(path)
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError:
+        return f"{MANIFEST} is unreadable"
+    for fault, names in (
+        ("missing", expected.keys() - actual.keys()),
+        ("not in the manifest", actual.keys() - expected.keys()),
+        ("not what was written", {name for name in expected.keys() & actual.keys() if expected[name] != actual[name]}),
+    ):
+        if names:
+            return f"{min(names)} is {fault}"
+    return None
+
+
+def write_manifest(path: epath.Path) -> None:
+    """Hashes the step that is about to be committed as `path`; call it when its last file is written."""
+    unfinished = [p for p in path.parent.iterdir() if p.name.startswith(f"{path.name}{UNFINISHED}")]
+    path = unfinished[0] if unfinished else path
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(_digests(path).items())]
+    guard.write_text(path / MANIFEST, "".join(lines))
+
+
+def _digests(path: epath.Path) -> dict[str, str]:
+    """SHA-256 of every file below, by relative name; in parallel."""
+    names = [name for name in _files(path) if name not in (MANIFEST, _COMMIT)]
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(lambda name: _sha256(path / name), names), strict=True))
+
+
+def _files(path: epath.Path, prefix: str = "") -> Iterator[str]:
+    for child in path.iterdir():
+        if child.is_dir():
+            yield from _files(child, f"{prefix}{child.name}/")
+        else:
+            yield f"{prefix}{child.name}"
+
+
+def _sha256(path: epath.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

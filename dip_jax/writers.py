@@ -1,0 +1,189 @@
+"""What a run tells: metric tables, TensorBoard, images, and a progress line.
+
+`metrics.jsonl` holds one row per logged step and is the truth; `metrics.csv` has the same rows. A run that goes on from step s
+drops the rows after s that the interrupted run had already written, so that no step is missing and none appears twice.
+"""
+
+import csv
+import io
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from dip_jax import guard
+
+Row = dict[str, Any]
+
+
+class Table:
+    """Rows `{"step": k, ...}` in `NAME.jsonl` and `NAME.csv`, ascending by step.
+
+    Args:
+        path: the files' common name, without ending.
+        resume_step: rows after it are dropped, as is a last line that a kill cut short.
+    """
+
+    def __init__(self, path: epath.Path, *, resume_step: int):
+        self._jsonl = path.parent / f"{path.name}.jsonl"
+        self._csv = path.parent / f"{path.name}.csv"
+        rows = [row for row in read_rows(self._jsonl) if row["step"] <= resume_step]
+        guard.write_text(self._jsonl, "".join(_line(row) for row in rows))
+        self._columns = list(dict.fromkeys(key for row in rows for key in row))
+        guard.write_text(self._csv, _csv_text(rows, self._columns))
+        self._local = guard.is_local(self._jsonl)
+        self._rows = [] if self._local else rows
+
+    def add(self, row: Row) -> None:
+        """Appends one row to both files; it survives a kill of the process from here on."""
+        new = [key for key in row if key not in self._columns]
+        if not self._local:  # a bucket has no append: the whole table goes up again
+            self._rows.append(row)
+            self._columns += new
+            guard.write_text(self._jsonl, "".join(_line(each) for each in self._rows))
+            guard.write_text(self._csv, _csv_text(self._rows, self._columns))
+            return
+        with open(self._jsonl, "a", encoding="utf-8") as file:
+            file.write(_line(row))
+        if new:
+            self._columns += new
+            guard.write_text(self._csv, _csv_text(read_rows(self._jsonl), self._columns))
+            return
+        with open(self._csv, "a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+
+def read_rows(path: epath.PathLike) -> list[Row]:
+    """Rows of a `.jsonl` table; empty where the file is missing. A line that a kill cut short is left out."""
+    path = epath.Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _csv_text(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    if columns:
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
+
+
+class Writer:
+    """The tables, TensorBoard events and images of one workdir. Only one process has one.
+
+    Args:
+        workdir: `metrics.jsonl`, `metrics.csv`, `eval.jsonl`, `images/` and `tensorboard/` go there.
+        resume_step: the step that training goes on from.
+    """
+
+    def __init__(self, workdir: epath.Path, *, resume_step: int = 0):
+        self._workdir = workdir
+        self._tables = {name: Table(workdir / name, resume_step=resume_step) for name in ("metrics", "eval")}
+        self._events = None
+        if guard.is_local(workdir):  # tensorboardX appends, which a bucket cannot
+            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
+
+    def scalars(self, step: int, values: Mapping[str, float], *, table: str = "metrics") -> None:
+        """One row of a table ("metrics" or "eval"), and the same numbers to TensorBoard. Once per step and table."""
+        values = {key: float(value) for key, value in values.items()}
+        self._tables[table].add({"step": step, **values})
+        if self._events is not None:
+            for key, value in values.items():
+                self._events.add_scalar(f"{table}/{key}", value, step)
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> epath.Path:
+        """Writes `images/NAME_STEP.png` (uint8 [H, W, 3]), shows it in TensorBoard, and returns the file's path."""
+        folder = self._workdir / "images"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{name}_{step:08d}.png"
+        data = io.BytesIO()
+        Image.fromarray(np.asarray(pixels)).save(data, "PNG")
+        path.write_bytes(data.getvalue())
+        if self._events is not None:
+            self._events.add_image(name, np.asarray(pixels), step, dataformats="HWC")
+        return path
+
+    def close(self) -> None:
+        """Flushes TensorBoard."""
+        if self._events is not None:
+            self._events.close()
+
+
+class Progress:
+    """One line with loss, gradient norm, images/s and the time left: a bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        total: steps of the whole run.
+        start: steps done before.
+        batch_size: images per step.
+        every_seconds: between two lines where stderr is no terminal.
+    """
+
+    def __init__(self, *, total: int, start: int, batch_size: int, every_seconds: float = 10.0):
+        self._total, self._batch_size, self._every = total, batch_size, every_seconds
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._clock, self._at, self._shown = time.monotonic(), start, -float("inf")
+        self._rate = 0.0  # steps per second
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows a finished step; `values` has loss and grad_norm."""
+        text = f"loss {values['loss']:.4f}  grad_norm {values['grad_norm']:.3f}  {self.images_per_second:.0f} images/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() - self._shown >= self._every or step == self._total:
+            self._shown = time.monotonic()
+            left = f"  {_duration((self._total - step) / self._rate)} left" if self._rate else ""
+            print(f"step {step}/{self._total}  {text}{left}", file=sys.stderr, flush=True)
+
+    def measure(self, step: int) -> float:
+        """Images per second since the last call (or the start), and notes it for the line."""
+        now = time.monotonic()
+        self._rate = (step - self._at) / max(now - self._clock, 1e-9)
+        self._clock, self._at = now, step
+        return self.images_per_second
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves out of the next measurement what was not training: compiling, sampling, saving."""
+        self._clock, self._at = time.monotonic(), step
+
+    @property
+    def images_per_second(self) -> float:
+        """The last measurement; 0 before the first."""
+        return self._rate * self._batch_size
+
+    def say(self, line: str) -> None:
+        """Prints a line without tearing the bar."""
+        tqdm.write(line, file=sys.stderr) if self._bar is not None else print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it is and ends its line."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
