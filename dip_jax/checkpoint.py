@@ -43,8 +43,7 @@ class Record:
     """The `config` item: everything about a run that is not an array."""
 
     config: Config
-    data: dict[str, Any]  # what the order of the data depends on, beside the seed
-    salt: int = 0  # rollbacks so far; each changes the order of the data
+    data: dict[str, Any]  # what the order of the data depends on: `data.pipeline.identity`; empty for converted weights
     skipped: int = 0  # updates not applied because of a non-finite number, so far
 
 
@@ -215,7 +214,7 @@ def read_record(path: epath.Path) -> Record:
     """
     try:
         values = json.loads((path / "config" / "metadata").read_text())
-        return Record(from_dict(values["config"]), dict(values["data"]), int(values["salt"]), int(values["skipped"]))
+        return Record(from_dict(values["config"]), dict(values["data"]), int(values["skipped"]))
     except UserError as error:
         raise UserError(f"{path} was written with other options than this version knows: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

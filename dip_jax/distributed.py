@@ -1,11 +1,13 @@
 """Several processes as one run: joining, agreeing on a number, noticing a preemption together.
 
-A cluster that JAX recognises (SLURM, TPU pods, Kubernetes indexed jobs) needs nothing; elsewhere the environment says who is who:
-JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+The environment says who is who: JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID. Without the first, a
+process trains alone.
 """
 
 import os
 import zlib
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from dip_jax.errors import UserError
 
+T = TypeVar("T")
 TIMEOUT_SECONDS = 60  # to find the coordinator; JAX alone waits five minutes
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -71,5 +74,21 @@ def require_same(what: str, text: str) -> None:
 
 
 def preempted(step: int) -> bool:
-    """True at the step at which JAX's preemption service wants every process to save; the same step in all of them."""
+    """True at the step at which all processes must save because one was told to stop; the same step in all of them.
+
+    JAX's preemption service hears SIGTERM and settles the step. Call it once per step, in all processes.
+    """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def on_main(action: Callable[[], T]) -> T | None:
+    """Runs `action` in the main process only; what it raises as a `UserError` ends all processes. All must call it."""
+    result = error = None
+    if is_main():
+        try:
+            result = action()
+        except UserError as raised:
+            error = raised
+    if agree(int(error is not None)):
+        raise error or UserError("process 0 stopped with an error: see its log")
+    return result

@@ -143,17 +143,22 @@ class Signals:
     SIGTERM and SIGUSR1 (a scheduler's warning) ask for `Exit.PREEMPTED`, Ctrl-C for `Exit.INTERRUPTED`. A second Ctrl-C ends
     the process at once, which is safe: a checkpoint exists whole or not at all.
 
+    Args:
+        shared: for a run of several processes. SIGTERM is left to JAX's preemption service, which tells the other processes
+            (see `distributed.preempted`), and the other two signals are passed on to it.
+
     Example:
         >>> with Signals() as signals:
         ...     while signals.requested is None: step()
     """
 
-    def __init__(self):
+    def __init__(self, *, shared: bool = False):
         self.requested: Exit | None = None
+        self._shared = shared
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Signals":
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in (signal.SIGUSR1, signal.SIGINT, *(() if self._shared else (signal.SIGTERM,))):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -166,8 +171,10 @@ class Signals:
             os.write(2, b"\nstopped at once; the last complete checkpoint stays\n")
             os._exit(Exit.INTERRUPTED)
         self.requested = Exit.INTERRUPTED if number == signal.SIGINT else Exit.PREEMPTED
-        text = f"\n{signal.Signals(number).name}: saving, then stopping"
-        os.write(2, (text + (" (again to stop at once)\n" if number == signal.SIGINT else "\n")).encode())
+        again = " (again to stop at once)" if number == signal.SIGINT else ""
+        os.write(2, f"\n{signal.Signals(number).name}: saving, then stopping{again}\n".encode())
+        if self._shared:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Watchdog:

@@ -105,12 +105,15 @@ class Writer:
             self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
 
     def scalars(self, step: int, values: Mapping[str, float], *, table: str = "metrics") -> None:
-        """One row of a table ("metrics" or "eval"), and the same numbers to TensorBoard. Once per step and table."""
-        values = {key: float(value) for key, value in values.items()}
+        """One row of a table ("metrics" or "eval"), and the same numbers to TensorBoard. Once per step and table.
+
+        A number that is not finite becomes null, which JSON has a word for.
+        """
+        values = {key: float(value) if np.isfinite(value) else None for key, value in values.items()}
         self._tables[table].add({"step": step, **values})
         if self._events is not None:
-            for key, value in values.items():
-                self._events.add_scalar(f"{table}/{key}", value, step)
+            for key in values.keys() - {key for key, value in values.items() if value is None}:
+                self._events.add_scalar(f"{table}/{key}", values[key], step)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> epath.Path:
         """Writes `images/NAME_STEP.png` (uint8 [H, W, 3]), shows it in TensorBoard, and returns the file's path."""

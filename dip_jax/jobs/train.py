@@ -1,0 +1,363 @@
+"""Train a model, or go on where it stopped.
+
+Examples:
+  python -m dip_jax train --config=configs/demo.py --workdir=runs/demo
+  python -m dip_jax train --config=configs/demo.py --workdir=runs/demo --config.train.steps=4000 --allow_change=train.steps
+
+The same command goes on after Ctrl-C (saves first), SIGTERM or SIGUSR1 (saves, exit code 85), or a crash: bit-exact on the same
+devices. Options that decide what is learnt may not change within a workdir; --allow_change names those that may, one by one.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from absl import flags as absl_flags
+from etils import epath
+
+from dip_jax import checkpoint, command_line, distributed, guard, optim, sharding, state, step, writers
+from dip_jax.config import Config, difference, to_dict
+from dip_jax.data import pipeline
+from dip_jax.errors import Exit, Interrupted, UserError
+from dip_jax.jobs import sample
+from dip_jax.models import dip
+
+# What may change between two starts in one workdir, whole sections or single keys: nothing here decides what is learnt.
+FREE = {"mesh", "checkpoint", "sample", "eval", "data.path", "data.source", "data.num_workers", "data.num_threads"} | {
+    "data.prefetch", "model.attention", "model.remat", "model.head_remat", "train.log_every", "train.sample_every",
+    "train.eval_every", "train.bad_steps", "train.on_bad_steps", "train.watchdog_seconds",
+}  # fmt: skip
+_PATIENCE = 10.0  # the watchdog waits this many times longer for compiling, saving and sampling
+_ROLLBACKS = 3  # to the same step, before giving up
+_SPIKE = 10.0  # a gradient norm this many times the median of the last 100 is reported
+_SAMPLES_PER_CLASS = 6
+_CLASSES_SHOWN = 10
+_NOISE = 1  # stream of the training noise, beside the initial weights
+
+
+def define_flags(flags: absl_flags.FlagValues) -> None:
+    """Adds the command's flags."""
+    command_line.define_config(flags)
+    absl_flags.DEFINE_string("workdir", None, "where checkpoints, metrics and images go", flag_values=flags)
+    absl_flags.DEFINE_list(
+        "allow_change", [], "config keys that may differ from the workdir's, such as optim.learning_rate", flag_values=flags
+    )
+
+
+def run(flags: absl_flags.FlagValues) -> None:
+    """The command."""
+    if not flags.workdir:
+        raise UserError("--workdir is missing: name a directory, such as --workdir=runs/demo")
+    train(command_line.read_config(flags), workdir=flags.workdir, allow_change=flags.allow_change)
+
+
+def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[str] = ()) -> None:
+    """Trains to `config.train.steps`, going on from the newest undamaged checkpoint of `workdir`.
+
+    Everything that can be wrong with the call is checked before the first compilation.
+
+    Args:
+        config: what to train.
+        workdir: one run each; created where missing.
+        allow_change: config keys that may differ from those of the checkpoint.
+
+    Raises:
+        UserError: if config, data, devices, workdir and checkpoint do not fit together, or a save fails.
+        Interrupted: after saving, by a signal (85, 130); or because the numbers went bad for good (86).
+    """
+    workdir = guard.absolute(workdir)
+    distributed.start()
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(guard.Signals(shared=jax.process_count() > 1))
+        distributed.require_same("the config", json.dumps(to_dict(config)))
+        mesh = sharding.make_mesh(config.mesh, _devices())
+        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(sharding.use_rules(config.mesh.rules))
+        size = config.model.image_size[0]
+        dataset = pipeline.open_dataset(config.data.path, image_size=size, source=config.data.source)
+        lock = guard.Lock(workdir)
+        distributed.on_main(lambda: (guard.require_writable(workdir), lock.acquire()))
+        stack.callback(lock.release)
+        checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
+        stack.callback(checkpoints.close)
+        job = _Run(config, workdir, mesh, dataset, signals, checkpoints)
+        found = checkpoints.find()
+        if found:
+            check_change(found.record.config, config, allowed=allow_change)
+        if found and found.step >= config.train.steps:
+            _say(f"{workdir} is finished: it has all {found.step} steps")
+            return
+        stack.callback(job.close)
+        job.prepare(found)
+        job.loop()
+
+
+def check_change(old: Config, new: Config, *, allowed: Collection[str]) -> None:
+    """Refuses to go on with a config that would change what is learnt.
+
+    Raises:
+        UserError: listing the keys that differ and are neither in `FREE` nor in `allowed`. `train.steps` is free where the
+            learning rate does not depend on it.
+    """
+    free = {*FREE, *allowed, *(["train.steps"] if new.optim.schedule == "constant" else [])}
+    lines = [line for line in difference(old, new) if not {line.split(":")[0], line.split(".")[0]} & free]
+    if lines:
+        keys = ",".join(line.split(":")[0] for line in lines)
+        raise UserError(
+            f"the workdir belongs to another config ({'; '.join(lines)}): choose another --workdir, "
+            f"or go on with the change by --allow_change={keys}"
+        )
+
+
+def _devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        raise UserError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms} asks for an accelerator that is not there "
+            f"({str(error).splitlines()[0]}): install the extra for it, or unset JAX_PLATFORMS"
+        ) from error
+
+
+def _say(line: str) -> None:
+    if distributed.is_main():
+        print(line, file=sys.stderr, flush=True)
+
+
+@dataclass
+class _Streak:
+    """Bad numbers in a row, and how often a rollback has met the same step."""
+
+    length: int = 0
+    origin: int = -1
+    rollbacks: int = 0
+
+
+class _Run:
+    """One run of the loop: `prepare`, then `loop`."""
+
+    def __init__(self, config: Config, workdir, mesh, dataset, signals, checkpoints):
+        self._config, self._workdir, self._mesh, self._dataset = config, workdir, mesh, dataset
+        self._signals, self._checkpoints = signals, checkpoints
+        self._watchdog = guard.Watchdog(config.train.watchdog_seconds)
+        self._streak, self._norms, self._skipped = _Streak(), [], 0
+        self._batches = self._writer = self._progress = None
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def prepare(self, found: checkpoint.Found | None) -> None:
+        """Everything up to the first step; cheap checks first."""
+        config = self._config
+        self._open_data(found, salt=found.record.data["salt"] if found else 0)
+        self._model = dip.from_config(config.model)
+        self._optimizer = optim.make_optimizer(config.optim, total_steps=config.train.steps)
+        self._watchdog.beat(patience=_PATIENCE)
+        self._shardings = state.state_shardings(self._model, self._optimizer, self._mesh, zero1=config.mesh.zero1)
+        self._train_step = step.compile_train_step(
+            self._model, self._optimizer, self._shardings, self._mesh, objective=config.flow, optim=config.optim
+        )
+        replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        root = jax.jit(lambda: jax.random.fold_in(jax.random.key(config.train.seed), _NOISE), out_shardings=replicated)
+        self._key = root()
+        if distributed.is_main():
+            guard.write_text(self._workdir / "config.json", json.dumps(to_dict(config), indent=1))
+        self._start_from(found)
+
+    def _open_data(self, found: checkpoint.Found | None, *, salt: int) -> None:
+        config = self._config
+        self._identity = pipeline.identity(self._dataset, seed=config.train.seed, batch_size=config.data.batch_size, salt=salt)
+        if found:
+            pipeline.check_identity({**found.record.data, "salt": salt}, self._identity)
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = pipeline.batches(
+            self._dataset,
+            config.data,
+            mesh=self._mesh,
+            image_size=config.model.image_size,
+            num_classes=config.model.num_classes,
+            seed=config.train.seed,
+            salt=salt,
+            start_step=found.step if found else 0,
+        )
+
+    def _start_from(self, found: checkpoint.Found | None) -> None:
+        """Puts the state, the counters and the tables where the checkpoint (or the seed) says."""
+        self._step = found.step if found else 0
+        self._skipped = found.record.skipped if found else 0
+        self._pending = None
+        if found:
+            abstract = jax.eval_shape(functools.partial(state.create_state, self._model, self._optimizer), jax.random.key(0))
+            target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, self._shardings)
+            self._state = self._checkpoints.restore(found, target)
+            _say(f"going on from step {found.step} of {self._workdir}")
+        else:
+            self._state = state.init_sharded(self._model, self._optimizer, self._config.train.seed, self._shardings)
+        if distributed.is_main():
+            self._close_writers()
+            self._writer = writers.Writer(self._workdir, resume_step=self._step)
+            self._progress = writers.Progress(
+                total=self._config.train.steps, start=self._step, batch_size=self._config.data.batch_size
+            )
+
+    def loop(self) -> None:
+        """Steps until the last one, a signal, or numbers that stay bad."""
+        train = self._config.train
+        first = True
+        while self._step < train.steps:
+            self._stop_if_asked()
+            batch = next(self._batches)
+            with jax.transfer_guard("disallow"):
+                self._state, metrics = self._train_step(self._state, batch, self._key)
+            self._step += 1
+            self._settle()
+            self._pending = (self._step, metrics)
+            self._watchdog.beat(patience=_PATIENCE if first else 1.0)
+            self._checkpoints.check()
+            if first and self._progress:
+                jax.block_until_ready(metrics)
+                self._progress.restart_clock(self._step)
+            first = False
+            if self._streak.length >= train.bad_steps:
+                self._give_up_or_roll_back()
+                continue
+            if self._step % self._config.checkpoint.every_steps == 0 or self._step == train.steps:
+                self._save()
+            if train.sample_every and (self._step % train.sample_every == 0 or self._step == train.steps):
+                self._draw()
+        self._checkpoints.wait()
+        _say(f"finished: {self._step} steps in {self._workdir}")
+
+    def _stop_if_asked(self) -> None:
+        asked = self._signals.requested
+        if jax.process_count() > 1:  # every process stops at the step that they agree on
+            asked = (asked or Exit.PREEMPTED) if distributed.preempted(self._step) else None
+        if asked is None:
+            return
+        if self._step > 0:
+            self._save()
+            self._checkpoints.wait()
+        raise Interrupted(f"saved step {self._step} in {self._workdir}: run the same command again to go on", code=asked)
+
+    def _settle(self) -> None:
+        """Fetches the metrics of the step before, so that the devices never wait for the host, and writes its row."""
+        if self._pending is None:
+            return
+        (number, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._watch_numbers(number, values)
+        if not distributed.is_main():
+            return
+        if number % self._config.train.log_every == 0:
+            speed = self._progress.measure(number)
+            row = values | {"skipped": self._skipped, "images_per_second": speed}
+            self._writer.scalars(number, row)
+        self._progress.update(number, values)
+
+    def _watch_numbers(self, number: int, values: dict[str, float]) -> None:
+        """Counts skipped updates, reports them and sudden jumps of the gradient, and keeps the batch's record numbers."""
+        norm = values["grad_norm"]
+        bad = values["skipped"] > 0
+        usual = float(np.median(self._norms)) if len(self._norms) == 100 else math.inf
+        if bad:
+            self._streak.length += 1
+            self._skipped += 1
+            self._keep_for_inspection(number, values, "a number is not finite: update skipped")
+            return
+        self._streak.length = 0
+        if norm > _SPIKE * usual:
+            self._keep_for_inspection(number, values, f"gradient norm {norm:.3g} is far above the usual {usual:.3g}")
+        self._norms = [*self._norms[-99:], norm]
+
+    def _keep_for_inspection(self, number: int, values: dict[str, float], reason: str) -> None:
+        if not distributed.is_main():
+            return
+        order = {key: self._identity[key] for key in ("batch_size", "seed", "salt")}
+        records = pipeline.batch_indices(len(self._dataset), **order, step=number - 1)
+        folder = self._workdir / "inspect"
+        folder.mkdir(exist_ok=True)
+        content = {"step": number, "reason": reason, "metrics": {k: repr(v) for k, v in values.items()}, **order}
+        guard.write_text(folder / f"step_{number:08d}.json", json.dumps({**content, "records": records.tolist()}))
+        self._progress.say(f"step {number}: {reason}; its records are in {folder}")
+
+    def _give_up_or_roll_back(self) -> None:
+        """After `train.bad_steps` bad steps in a row: the last good checkpoint and other data, or the end."""
+        self._checkpoints.wait()
+        found = self._checkpoints.find()
+        origin = found.step if found else 0
+        self._streak.rollbacks = self._streak.rollbacks + 1 if origin == self._streak.origin else 1
+        self._streak.origin, self._streak.length = origin, 0
+        if self._config.train.on_bad_steps == "abort" or self._streak.rollbacks > _ROLLBACKS:
+            raise Interrupted(
+                f"{self._config.train.bad_steps} updates in a row were not finite at step {self._step}; the last checkpoint is "
+                f"step {origin}: lower optim.learning_rate or set optim.grad_clip, see {self._workdir / 'inspect'}",
+                code=Exit.NUMERIC_ABORT,
+            )
+        _say(f"{self._config.train.bad_steps} bad steps in a row: back to step {origin}, with other data")
+        self._open_data(found, salt=self._identity["salt"] + 1)
+        self._start_from(found)
+
+    def _save(self) -> None:
+        """Starts a save of the current step; never one whose parameters are not finite."""
+        last = self._pending
+        self._settle()
+        if last and not math.isfinite(float(last[1]["param_norm"])):
+            raise Interrupted(
+                f"parameters are not finite at step {self._step}: nothing saved, the checkpoint before stays",
+                code=Exit.NUMERIC_ABORT,
+            )
+        with self._aside():
+            record = checkpoint.Record(self._config, self._identity, self._skipped)
+            self._checkpoints.save(self._step, self._state, record)
+
+    def _draw(self) -> None:
+        """A grid of samples from the averaged weights: one column per class, the same noise every time."""
+        self._settle()
+        with self._aside():
+            classes = range(min(self._config.model.num_classes, _CLASSES_SHOWN))
+            labels = np.array([*classes] * _SAMPLES_PER_CLASS)
+            batches = sample.draw_batches(
+                self._model,
+                self._state.ema,
+                labels=labels,
+                seed=0,
+                options=self._config.sample,
+                objective=self._config.flow,
+                mesh=self._mesh,
+            )
+            images = np.concatenate([images for _, images in batches])
+            if distributed.is_main():
+                self._writer.image(self._step, "samples", _tile(images, columns=len(classes)))
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Work beside the steps: the watchdog is patient and the clock of images/s stands still."""
+        self._watchdog.beat(patience=_PATIENCE)
+        yield
+        self._watchdog.beat()
+        if self._progress:
+            self._progress.restart_clock(self._step)
+
+    def _close_writers(self) -> None:
+        for each in (self._writer, self._progress):
+            if each is not None:
+                each.close()
+
+    def close(self) -> None:
+        """Ends threads and workers and flushes what was written."""
+        self._watchdog.stop()
+        if self._batches is not None:
+            self._batches.close()
+        self._close_writers()
+
+
+def _tile(images: np.ndarray, *, columns: int) -> np.ndarray:
+    """[N,H,W,C] as one picture, row by row."""
+    count, height, width, channels = images.shape
+    grid = images.reshape(count // columns, columns, height, width, channels).swapaxes(1, 2)
+    return grid.reshape(count // columns * height, columns * width, channels)
