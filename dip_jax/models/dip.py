@@ -1,0 +1,134 @@
+"""The model on one page: (x_t, t, y) -> prediction, with no randomness and no training flag.
+
+    p = patchify(x_t);  t_emb, c = Condition(t, y);  s = PatchEmbed(p)
+    blocks, head and final layer by placement (`models/placement.py`)
+    prediction = unpatchify(out)
+
+Everything outside `models/` sees parameters as a plain nested dict of float32 arrays; Linen stays behind this seam.
+"""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dip_jax import config
+from dip_jax.errors import UserError
+from dip_jax.models.backbone import TOKENS, Condition, PatchEmbed
+from dip_jax.models.layers import Named
+from dip_jax.models.patches import patchify, unpatchify
+from dip_jax.models.placement import PLACEMENTS, check_placement
+from dip_jax.sharding import constrain
+from dip_jax.typing import Images, Labels, Params, PRNGKey, Times, Tokens
+
+
+class _Network(nn.Module):
+    config: config.Model
+
+    @nn.compact
+    def __call__(self, x_t: jax.Array, t: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = self.config
+        p = patchify(x_t, model.patch_size)
+        p = constrain(p, "batch", "tokens", "height", "width", "channels")
+        t_emb, c = Condition(model, name="condition")(t, y)
+        tokens = PatchEmbed(model, name="patch_embed")(p)
+        out, tokens = PLACEMENTS[model.placement](model, p, tokens, t_emb, c)
+        return unpatchify(out.astype(jnp.float32), model.image_size), constrain(tokens, *TOKENS)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiP:
+    """A model: its config and three pure functions. Hashable, so that it can be a static argument of `jax.jit`."""
+
+    config: config.Model
+
+    def init(self, key: PRNGKey) -> Params:
+        """Fresh parameters: a nested dict of float32 arrays. Jit it; under `jax.eval_shape` it is cheap at every size."""
+        return nn.meta.unbox(self._init_named(key))
+
+    def apply(self, params: Params, x_t: Images, t: Times, y: Labels) -> Images:
+        """The prediction, float32 [B, H, W, 3].
+
+        Args:
+            params: from `init`; other float dtypes work too (bfloat16 halves the memory of sampling).
+            x_t: noisy images in [-1, 1] where they are data, [B, H, W, 3].
+            t: times [B] in [0, 1]; 0 is noise.
+            y: labels [B]; `config.num_classes` is the null class, anything beyond gives NaN.
+        """
+        return self._run(params, x_t, t, y)[0]
+
+    def features(self, params: Params, x_t: Images, t: Times, y: Labels) -> Tokens:
+        """The tokens after the last block, [B, N, D]: what Figure 8 visualises."""
+        return self._run(params, x_t, t, y)[1]
+
+    def logical_axes(self) -> Any:
+        """The tree of `init` with each array replaced by its tuple of logical axis names (see `sharding.RULES`)."""
+        return _logical_axes(self)
+
+    def _run(self, params: Params, x_t: Images, t: Times, y: Labels) -> tuple[jax.Array, jax.Array]:
+        if x_t.shape[1:] != (*self.config.image_size, 3):
+            raise UserError(
+                f"images of shape {x_t.shape[1:]} do not fit model.image_size={self.config.image_size} with 3 channels"
+            )
+        return _Network(self.config).apply({"params": params}, x_t, t, y)
+
+    def _init_named(self, key: PRNGKey) -> Any:
+        x_t = jnp.zeros((1, *self.config.image_size, 3), jnp.float32)
+        t, y = jnp.zeros((1,), jnp.float32), jnp.zeros((1,), jnp.int32)
+        return _Network(self.config).init(key, x_t, t, y)["params"]
+
+
+@functools.cache
+def _logical_axes(model: DiP) -> Any:
+    boxes = jax.eval_shape(model._init_named, jax.random.key(0))
+    return jax.tree.map(lambda box: box.axes, boxes, is_leaf=lambda node: isinstance(node, Named))
+
+
+def from_config(model: config.Model) -> DiP:
+    """The model of a checked config section.
+
+    Raises:
+        UserError: for a head or a placement that cannot be built.
+    """
+    check_placement(model)
+    return DiP(model)
+
+
+def build(
+    name: str = "DiP-XL/16",
+    *,
+    head: str = "unet",
+    placement: str = "post_hoc",
+    image_size: int | tuple[int, int] = 256,
+    num_classes: int = 1000,
+    **model_fields: Any,
+) -> DiP:
+    """The model "DiP-SIZE/PATCH" or "DiT-SIZE/PATCH" (no head), with any field of `config.Model` by keyword.
+
+    Example:
+        >>> model = build("DiP-S/16", image_size=128, num_classes=10)
+        >>> params = jax.jit(model.init)(jax.random.key(0))
+
+    Raises:
+        UserError: for a malformed name or a combination that cannot be built.
+    """
+    match = re.fullmatch(r"(DiP|DiT)-([A-Za-z]+)/(\d+)", name)
+    if not match:
+        raise UserError(f"model name {name!r} is not DiP-SIZE/PATCH, such as DiP-XL/16; sizes: {', '.join(config.SIZES)}")
+    family, size, patch_size = match.groups()
+    fields = {
+        "size": size,
+        "patch_size": int(patch_size),
+        "head": "none" if family == "DiT" else head,
+        "placement": placement,
+        "image_size": (image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
+        "num_classes": num_classes,
+    }
+    unknown = sorted(set(model_fields) - {field.name for field in dataclasses.fields(config.Model)})
+    if unknown:
+        raise UserError(f"build() got unknown model fields {', '.join(unknown)}; see dip_jax.config.Model")
+    return from_config(config.Model(**fields, **model_fields))

@@ -1,0 +1,83 @@
+"""Exact rewrites of 3x3 convolutions on small maps, for one patch x [r, r, I]; kernels are ordinary [3, 3, I, O].
+
+Sums are only reordered, so values agree with the plain form to float32 rounding, gradients too:
+    convolve(x, k)                      = conv3x3(x, k), zero padding 1                                   (1)
+    convolve_upsampled(x, k, nearest)   = conv3x3(upsample2(x), k): one 2x2 conv per output parity        (2)
+    conv3x3(concat[a, b], [k_a; k_b])   = conv3x3(a, k_a) + conv3x3(b, k_b): the caller never concatenates (3)
+On maps up to 2x2 both are one dense product over all positions, where convolutions run at a twentieth of the speed.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+DENSE_SIDE = 2  # largest input map that is multiplied densely
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+# Along one axis, parity a of the output meets the taps (0, 1, 2) merged into two: rows are the two merged taps.
+_PARITY_TAPS = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
+
+
+@functools.cache
+def _selection(side: int, scale: int) -> np.ndarray:
+    """S[i, k, a] = 1 where tap a of output row k reads input row i, for an input of `side` rows upsampled by `scale`."""
+    out = side * scale
+    chosen = np.zeros((side, out, 3), np.float32)
+    for k in range(out):
+        for a in range(3):
+            if 0 <= k + a - 1 < out:
+                chosen[(k + a - 1) // scale, k, a] = 1
+    return chosen
+
+
+def _dense(x: jax.Array, kernel: jax.Array, scale: int) -> jax.Array:
+    side, out, features = x.shape[0], x.shape[0] * scale, kernel.shape[-1]
+    chosen = jnp.asarray(_selection(side, scale), kernel.dtype)
+    rows = jnp.einsum("jlb,abco->ajclo", chosen, kernel)
+    matrix = jnp.einsum("ika,ajclo->ijcklo", chosen, rows).reshape(x.size, out * out * features)
+    return (x.reshape(-1) @ matrix.astype(x.dtype)).reshape(out, out, features)
+
+
+def _conv(x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
+    return lax.conv_general_dilated(x[None], kernel.astype(x.dtype), (1, 1), padding, dimension_numbers=LAYOUT)[0]
+
+
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Equation (1): x [r, r, I], kernel [3, 3, I, O] -> [r, r, O]."""
+    if x.shape[0] <= DENSE_SIDE:
+        return _dense(x, kernel, 1)
+    return _conv(x, kernel, ((1, 1), (1, 1)))
+
+
+def convolve_upsampled(x: jax.Array, kernel: jax.Array, *, method: str) -> jax.Array:
+    """Equation (2): x [r, r, I], kernel [3, 3, I, O] -> [2r, 2r, O]; `method` is nearest or bilinear (half-pixel centres)."""
+    side = x.shape[0]
+    if method == "bilinear":
+        return convolve(jax.image.resize(x, (2 * side, 2 * side, x.shape[-1]), "bilinear"), kernel)
+    if side <= DENSE_SIDE:
+        return _dense(x, kernel, 2)
+    taps = jnp.asarray(_PARITY_TAPS, kernel.dtype)
+    merged = jnp.einsum("pta,qub,abio->pqtuio", taps, taps, kernel)
+    parts = [[_conv(x, merged[a, b], ((1 - a, a), (1 - b, b))) for b in (0, 1)] for a in (0, 1)]
+    rows = [jnp.stack(row, axis=2) for row in parts]  # [r, r, 2, O]: columns interleave
+    return jnp.stack(rows, axis=1).reshape(2 * side, 2 * side, kernel.shape[-1])
+
+
+def _average(x: jax.Array) -> jax.Array:
+    return jnp.mean(_windows(x), axis=(1, 3))
+
+
+def _maximum(x: jax.Array) -> jax.Array:
+    return jnp.max(_windows(x), axis=(1, 3))
+
+
+def _windows(x: jax.Array) -> jax.Array:
+    side = x.shape[0] // 2
+    return x.reshape(side, 2, side, 2, x.shape[-1])
+
+
+# 2x2 pooling, x [r, r, C] -> [r/2, r/2, C], as reshapes: `reduce_window` has a gradient three times slower.
+POOLS = {"avg": _average, "max": _maximum}

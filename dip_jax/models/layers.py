@@ -1,0 +1,299 @@
+"""The pieces of the transformer: named parameters, linear maps, norms, RoPE, attention, SwiGLU, adaLN, embeddings.
+
+Parameters are float32; products run in the module's `dtype`; norms, softmax, RoPE and the time embedding stay float32.
+Activations have any leading axes: the backbone calls with [B, N, D], the pixel-token head with [P * P, d].
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from dip_jax.sharding import constrain
+from dip_jax.typing import Axes
+
+Initializer = Callable[..., jax.Array]
+
+
+class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
+    """A parameter in a box that carries its logical axis names, and nothing that acts on them."""
+
+    value: Any
+    axes: Axes = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        """The array itself; where it lives is decided by the sharding of the whole state."""
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "Named":
+        """The same names on another value."""
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Named":
+        """Called by `nn.scan`: the stacked parameter gains the axis named in its metadata."""
+        axes = list(self.axes)
+        axes.insert(index, params[nn.PARTITION_NAME])
+        return self.replace(axes=tuple(axes))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Named":
+        """Inverse of `add_axis`."""
+        axes = list(self.axes)
+        del axes[index]
+        return self.replace(axes=tuple(axes))
+
+
+def named(init: Initializer, axes: Axes) -> Initializer:
+    """`init(key, shape)` whose result carries the logical names of its axes."""
+    return lambda key, shape: Named(init(key, shape), axes)
+
+
+def uniform(bound: float) -> Initializer:
+    """U(-bound, bound) in float32."""
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """N(0, 0.02) in float32."""
+    return 0.02 * jax.random.normal(key, shape, jnp.float32)
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Zeros, float32."""
+    return jnp.zeros(shape, jnp.float32)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Ones, float32."""
+    return jnp.ones(shape, jnp.float32)
+
+
+def fan_in_uniform(fan_in: int) -> Initializer:
+    """U(+-1/sqrt(fan_in)), the initialisation that the backbone's family uses for weights and biases alike."""
+    return uniform(1 / math.sqrt(fan_in))
+
+
+# How a linear map starts: (fan_in, fan_out) -> (kernel initialiser, bias initialiser).
+INITS: dict[str, Callable[[int, int], tuple[Initializer, Initializer]]] = {
+    "fan_in": lambda i, o: (fan_in_uniform(i), fan_in_uniform(i)),
+    "normal": lambda i, o: (normal, fan_in_uniform(i)),
+    "xavier": lambda i, o: (uniform(math.sqrt(6 / (i + o))), zeros),
+    "zeros": lambda i, o: (zeros, zeros),
+}
+
+
+def spread(vector: jax.Array, ndim: int) -> jax.Array:
+    """Prepends axes of length one, so that `vector` meets an array of rank `ndim` without implicit broadcasting of ranks."""
+    return vector.reshape((1,) * (ndim - vector.ndim) + vector.shape)
+
+
+def unstack(x: jax.Array, axis: int) -> list[jax.Array]:
+    """The slices of x along `axis`, without it; the gradient is one concatenation."""
+    axis = axis % x.ndim
+    return [lax.squeeze(part, [axis]) for part in lax.split(x, [1] * x.shape[axis], axis)]
+
+
+class Linear(nn.Module):
+    """x [..., I] -> [..., *features], computed in `dtype`; several features axes make one fused product.
+
+    Attributes:
+        features: output axes, e.g. (D,) or (3, D) for queries, keys and values at once.
+        axes: logical names of the kernel [I, *features]; the bias takes those of `features`.
+        init: row of INITS.
+    """
+
+    features: tuple[int, ...]
+    axes: Axes
+    bias: bool = True
+    init: str = "fan_in"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        fan_in = x.shape[-1]
+        kernel_init, bias_init = INITS[self.init](fan_in, math.prod(self.features))
+        kernel = self.param("kernel", named(kernel_init, self.axes), (fan_in, *self.features))
+        y = lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+        if self.bias:
+            b = self.param("bias", named(bias_init, self.axes[1:]), self.features)
+            y = y + spread(b.astype(self.dtype), y.ndim)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, eps 1e-6; float32 in, float32 out."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", named(ones, ("norm",)), (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
+        return x * spread(scale.astype(jnp.float32), x.ndim)
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """(x - mean) / std over the last axis, eps 1e-6, no affine; float32 out."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, -1, keepdims=True)
+    return x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """adaLN: x (1 + scale) + shift, float32; shift and scale broadcast over the token axis."""
+    return x * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+
+
+def rope_table(grid: tuple[int, int], head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [N, 1, head_dim / 2] of 2-D rotary positions on an (h, w) grid of tokens.
+
+    Positions run over linspace(0, 16, n), endpoint included, along each axis whatever n is; the frequencies are
+    10000^(-4 i / head_dim), and each serves x, then y.
+    """
+    h, w = grid
+    ys, xs = np.meshgrid(np.linspace(0, 16, h), np.linspace(0, 16, w), indexing="ij")
+    frequencies = 10000.0 ** -(np.arange(0, head_dim, 4) / head_dim)
+    angles = np.stack([np.outer(xs.ravel(), frequencies), np.outer(ys.ravel(), frequencies)], axis=-1)
+    angles = angles.reshape(h * w, 1, head_dim // 2)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotate(x: jax.Array, table: tuple[np.ndarray, np.ndarray]) -> jax.Array:
+    """Applies `rope_table` to x [..., N, K, head_dim] in float32.
+
+    Pair i is (x[i], x[i + head_dim / 2]): halves instead of neighbours, which spares lane shuffles. `jobs/convert.py` permutes
+    the columns of checkpoints that rotate neighbours.
+    """
+    cos, sin = (spread(jnp.asarray(part), x.ndim) for part in table)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+def attention_implementation(choice: str, dtype: Any) -> str:
+    """Resolves "auto": cuDNN for half precision on a GPU, XLA elsewhere."""
+    if choice != "auto":
+        return choice
+    return "cudnn" if jax.default_backend() == "gpu" and dtype == jnp.bfloat16 else "xla"
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with RMSNorm on q and k per head, then 2-D RoPE; x [..., N, D] -> [..., N, D].
+
+    Attributes:
+        grid: (h, w) with h * w = N.
+        lead: logical names of the axes before D where activations are pinned to the mesh; () inside a vmapped head.
+    """
+
+    num_heads: int
+    grid: tuple[int, int]
+    implementation: str = "auto"
+    lead: Axes = ()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        head_dim = width // self.num_heads
+        qkv = Linear((3, width), ("embed", None, "heads"), bias=False, dtype=self.dtype, name="qkv")(x)
+        qkv = qkv.reshape(*qkv.shape[:-1], self.num_heads, head_dim)
+        q, k, v = unstack(qkv, -3)
+        table = rope_table(self.grid, head_dim)
+        q = rotate(RMSNorm(name="q_norm")(q), table).astype(self.dtype)
+        k = rotate(RMSNorm(name="k_norm")(k), table).astype(self.dtype)
+        if self.lead:
+            q, k, v = (constrain(part, *self.lead, "act_heads", None) for part in (q, k, v))
+        implementation = attention_implementation(self.implementation, self.dtype)
+        if jax.default_backend() == "cpu":  # which computes half-precision products in float32 anyway
+            q, k, v = (part.astype(jnp.float32) for part in (q, k, v))
+        y = jax.nn.dot_product_attention(q, k, v, implementation=implementation)  # softmax in float32
+        y = y.astype(self.dtype).reshape(*y.shape[:-2], width)
+        return Linear((width,), ("heads", "embed"), dtype=self.dtype, name="proj")(y)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * (up x)) without biases; inner width int(2 * 4D / 3); x [..., D] -> [..., D]."""
+
+    lead: Axes = ()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        inner = int(2 * 4 * width / 3)
+        both = Linear((2, inner), ("embed", None, "mlp"), bias=False, dtype=self.dtype, name="gate_up")(x)
+        gate, up = unstack(both, -2)
+        hidden = nn.silu(gate) * up
+        if self.lead:
+            hidden = constrain(hidden, *self.lead, "act_mlp")
+        return Linear((width,), ("mlp", "embed"), bias=False, dtype=self.dtype, name="down")(hidden)
+
+
+class Block(nn.Module):
+    """One DiT block with adaLN (recipe, "Backbone"): x [..., N, D], condition c [..., 1, D_c] -> [..., N, D].
+
+    The condition is already SiLU(...): adaLN is a bare linear map, and starts like any other linear map (not at zero).
+    """
+
+    num_heads: int
+    grid: tuple[int, int]
+    implementation: str = "auto"
+    lead: Axes = ()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        kind = {"lead": self.lead, "dtype": self.dtype}
+        width = x.shape[-1]
+        adaln = Linear((6, width), ("embed", None, "modulation"), dtype=self.dtype, name="modulation")(c)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = unstack(adaln, -2)
+        attention = Attention(self.num_heads, self.grid, self.implementation, name="attention", **kind)
+        x = x + gate_a * attention(modulate(RMSNorm(name="norm1")(x), shift_a, scale_a).astype(self.dtype))
+        return x + gate_m * SwiGLU(name="mlp", **kind)(modulate(RMSNorm(name="norm2")(x), shift_m, scale_m).astype(self.dtype))
+
+
+class FinalLayer(nn.Module):
+    """The DiT's own output: LayerNorm, adaLN, linear map, both zero at the start; x [B, N, D], c [B, 1, D] -> [B, N, O]."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        modulation = Linear((2, x.shape[-1]), ("embed", None, "modulation"), init="zeros", dtype=self.dtype, name="modulation")
+        shift, scale = unstack(modulation(c), -2)
+        x = modulate(layer_norm(x), shift, scale)
+        return Linear((self.features,), ("embed", "pixels"), init="zeros", dtype=self.dtype, name="linear")(x)
+
+
+def time_features(t: jax.Array) -> jax.Array:
+    """t [B] in [0, 1], unscaled -> 128 cosines then 128 sines [B, 256] with periods 2 pi to 20 pi (max_period = 10)."""
+    frequencies = np.exp(-math.log(10) * np.arange(128) / 128).astype(np.float32)
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimeEmbed(nn.Module):
+    """t [B] -> t_emb [B, D]: Linear, SiLU, Linear on `time_features`, all in float32."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, t: jax.Array) -> jax.Array:
+        hidden = nn.silu(Linear((self.width,), ("frequency", "embed"), init="normal", name="in")(time_features(t)))
+        return Linear((self.width,), ("embed", None), init="normal", name="out")(hidden)
+
+
+class LabelEmbed(nn.Module):
+    """y [B] in 0..num_classes -> y_emb [B, D], float32; row num_classes is the null class; other labels give NaN."""
+
+    num_classes: int
+    width: int
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        table = self.param("table", named(normal, ("vocab", "embed")), (self.num_classes + 1, self.width))
+        return jnp.take(table.astype(jnp.float32), y, axis=0)

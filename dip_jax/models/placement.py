@@ -1,0 +1,90 @@
+"""Where the Patch Detailer Head sits (Figure 5), and the only map over patches.
+
+With tokens s_l after block l, noisy patches p, head h and the DiT's final layer F:
+    post_hoc       out = h(p, s_L, t)                                                       (1)
+    intermediate   s_k <- s_k + Linear(h(p, s_k, t)) for one k, then out = F(s_L)           (2)
+    hybrid         (2) at k, then (1) with a head of its own                                (3)
+A new placement is a function here and a row in `PLACEMENTS`.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dip_jax import config
+from dip_jax.errors import UserError
+from dip_jax.models.backbone import TOKENS, stack
+from dip_jax.models.detailers import HEADS, check_head
+from dip_jax.models.layers import FinalLayer, Linear
+from dip_jax.sharding import constrain
+
+
+def map_head(model: config.Model, *, name: str) -> nn.Module:
+    """The head of `model` over all patches: (p [B, N, P, P, 3], s [B, N, D], t_emb [B, D]) -> [B, N, P, P, 3].
+
+    The parameters are shared, so XLA sees one convolution or product with images and patches folded into its batch.
+    """
+    head = HEADS[model.head]
+    if model.head_remat:
+        head = nn.remat(head)
+    shared = {"variable_axes": {"params": None}, "split_rngs": {"params": False}}
+    over_patches = nn.vmap(head, in_axes=(0, 0, None), **shared)
+    return nn.vmap(over_patches, in_axes=(0, 0, 0), **shared)(model, name=name)
+
+
+def _final(model: config.Model, tokens: jax.Array, c: jax.Array, like: jax.Array) -> jax.Array:
+    return FinalLayer(3 * model.patch_size**2, jnp.dtype(model.dtype), name="final")(tokens, c).reshape(like.shape)
+
+
+def _inject(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array) -> jax.Array:
+    """Equation (2), the left half: the refined patches, projected to D, join the tokens."""
+    refined = map_head(model, name="inject_head")(p, tokens, t_emb)
+    project = Linear((model.width,), ("pixels", "embed"), init="xavier", dtype=jnp.dtype(model.dtype), name="inject")
+    return constrain(tokens + project(refined.reshape(*tokens.shape[:2], -1)), *TOKENS)
+
+
+def post_hoc(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: jax.Array) -> tuple:
+    """Equation (1); head "none" is the DiT-only baseline. Called inside the network's compact method."""
+    tokens, _ = stack(model, length=model.depth, name="blocks")(tokens, c)
+    if HEADS[model.head] is None:
+        return _final(model, tokens, c, p), tokens
+    return map_head(model, name="head")(p, tokens, t_emb), tokens
+
+
+def _injected(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: jax.Array) -> jax.Array:
+    tokens, _ = stack(model, length=model.inject_after, name="blocks")(tokens, c)
+    tokens = _inject(model, p, tokens, t_emb)
+    if model.inject_after < model.depth:
+        tokens, _ = stack(model, length=model.depth - model.inject_after, name="blocks_after")(tokens, c)
+    return tokens
+
+
+def intermediate(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: jax.Array) -> tuple:
+    """Equation (2), with k = `inject_after`."""
+    tokens = _injected(model, p, tokens, t_emb, c)
+    return _final(model, tokens, c, p), tokens
+
+
+def hybrid(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: jax.Array) -> tuple:
+    """Equation (3)."""
+    tokens = _injected(model, p, tokens, t_emb, c)
+    return map_head(model, name="head")(p, tokens, t_emb), tokens
+
+
+# (model, patches, embedded tokens, t_emb, c) -> (output patches [B, N, P, P, 3], tokens after the last block [B, N, D]).
+PLACEMENTS: dict[str, Callable] = {"post_hoc": post_hoc, "intermediate": intermediate, "hybrid": hybrid}
+
+
+def check_placement(model: config.Model) -> None:
+    """Refuses a head or placement that cannot be built.
+
+    Raises:
+        UserError: for a name that is in no table, what `check_head` refuses, or a placement of no head.
+    """
+    check_head(model)
+    if model.placement not in PLACEMENTS:
+        raise UserError(f"model.placement={model.placement!r} is unknown: it is one of {', '.join(PLACEMENTS)}")
+    if HEADS[model.head] is None and model.placement != "post_hoc":
+        raise UserError(f"model.placement={model.placement!r} has no head to place: model.head=none goes with post_hoc")
