@@ -26,10 +26,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from dip_jax import config
-from dip_jax.typing import Images, Labels, Predict, PRNGKey, RawImages
+from dip_jax.typing import Images, Labels, Predict, PRNGKey
 
 _NOISE, _PATH = 0, 1  # streams of one sample's key: the start, and the SDE's path
 
@@ -154,7 +154,7 @@ def draw_trajectory(
     return Trajectory(images=x, times=table.time[kept], noisy=noisy, expected=expected)
 
 
-def to_uint8(x: Images) -> RawImages:
+def to_uint8(x: Float[jax.Array, "*B H W C"]) -> UInt8[jax.Array, "*B H W C"]:
     """[-1, 1] -> 0..255: clip(round((x + 1) 127.5), 0, 255), uint8."""
     return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
 

@@ -47,7 +47,7 @@ def exact_gaussian(mean, scale):
 @pytest.mark.parametrize("t_shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_constant_velocity_is_exact(solver, steps, t_shift):
-    velocity = jax.random.normal(jax.random.key(5), SHAPE)
+    velocity = np.asarray(jax.random.normal(jax.random.key(5), SHAPE))
     x = run(lambda x, t, y: jnp.broadcast_to(velocity, x.shape), solver=solver, steps=steps, t_shift=t_shift)
     np.testing.assert_allclose(x, start() + velocity, atol=1e-6)
 

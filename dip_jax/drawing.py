@@ -1,0 +1,180 @@
+"""A model and its weights in, uint8 images out: batches of one compiled trajectory, spread over the devices.
+
+Every batch has the same shape (the last is padded), so there is one compilation; a second call with the same options finds it.
+While a batch is fetched and written the next one runs.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float, Int, UInt8
+
+from dip_jax import config, flow, sampler, sharding
+from dip_jax.errors import UserError
+from dip_jax.models import dip
+from dip_jax.typing import Params
+
+
+@dataclass(frozen=True)
+class Frames:
+    """What the samples looked like on the way, uint8.
+
+    Attributes:
+        labels: class of each of the B samples.
+        times: t of each of the F frames; 0 is noise.
+        noisy: x_t.
+        expected: the image that the network expects at the end, seen from each frame.
+        images: the samples.
+    """
+
+    labels: Int[np.ndarray, "B"]
+    times: Float[np.ndarray, "F"]
+    noisy: UInt8[np.ndarray, "F B H W 3"]
+    expected: UInt8[np.ndarray, "F B H W 3"]
+    images: UInt8[np.ndarray, "B H W 3"]
+
+
+def draw_batches(
+    model: dip.DiP,
+    params: Params,
+    *,
+    labels: Sequence[int],
+    seed: int,
+    options: config.Sample,
+    objective: config.Flow | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    only: Iterable[int] | None = None,
+) -> Iterator[tuple[int, UInt8[np.ndarray, "B H W 3"]]]:
+    """Draws one image per label, one batch ahead of the caller.
+
+    Args:
+        model, params: from `checkpoint.load` or `dip.build`.
+        labels: N classes in [0, num_classes]; num_classes is the null class.
+        seed: image i is a function of (seed, i, labels[i]) alone.
+        options: solver, steps, guidance, images per batch.
+        objective: what the network was trained to predict; the default is the velocity.
+        mesh: devices; by default this process's own. Where it spans several hosts, all call this and all get all images.
+        only: the batches to draw; by default all.
+
+    Yields:
+        (k, images): batch k holds the samples from k * options.batch_size on; the last may be shorter.
+
+    Raises:
+        UserError: for a label or seed out of range, before compiling; for images that are not finite.
+    """
+    labels = check_labels(labels, model)
+    size = options.batch_size
+    mesh = mesh or sharding.make_mesh(config.Mesh(), jax.local_devices())
+    static = {"model": model, "objective": objective or config.Flow(), "options": options}
+    rows = _rows(min(size, len(labels)), mesh)
+    params = jax.device_put(params, sharding.shardings(mesh, model.logical_axes()))
+    waiting: list[tuple[int, int, Any]] = []
+    for number in range(-(-len(labels) // size)) if only is None else only:
+        indices = np.arange(number * size, min((number + 1) * size, len(labels)))
+        with jax.set_mesh(mesh):
+            drawn = _draw(params, *_place(seed, indices, labels[indices], rows=rows, mesh=mesh), **static)
+        waiting.append((number, len(indices), drawn))
+        if len(waiting) > 1:
+            yield _fetch(*waiting.pop(0))
+    for drawn in waiting:
+        yield _fetch(*drawn)
+
+
+def draw_frames(
+    model: dip.DiP,
+    params: Params,
+    *,
+    labels: Sequence[int],
+    seed: int,
+    options: config.Sample,
+    objective: config.Flow | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    frames: int = 8,
+) -> Frames:
+    """The way from noise to image of a few samples, in one batch; arguments as `draw_batches`."""
+    labels = check_labels(labels, model)
+    mesh = mesh or sharding.make_mesh(config.Mesh(), jax.local_devices())
+    static = {"model": model, "objective": objective or config.Flow(), "options": options, "frames": frames}
+    params = jax.device_put(params, sharding.shardings(mesh, model.logical_axes()))
+    count = len(labels)
+    with jax.set_mesh(mesh):
+        place = _place(seed, np.arange(count), labels, rows=_rows(count, mesh), mesh=mesh)
+        times, noisy, expected, images = jax.tree.map(np.asarray, _draw_frames(params, *place, **static))
+    return Frames(labels=labels, times=times, noisy=noisy[:, :count], expected=expected[:, :count], images=images[:count])
+
+
+def check_labels(labels: Sequence[int], model: dip.DiP) -> np.ndarray:
+    """The labels as int32 [N].
+
+    Raises:
+        UserError: if there are none or one lies outside [0, num_classes].
+    """
+    array = np.asarray(labels)
+    classes = model.config.num_classes
+    if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"labels must be a list of at least one class number, such as [0, 1]; got {labels!r:.80}")
+    wrong = array[(array < 0) | (array > classes)]
+    if wrong.size:
+        raise UserError(f"label {wrong[0]} is not a class: this model has 0..{classes - 1} (and {classes}, no class)")
+    return array.astype(np.int32)
+
+
+def _rows(count: int, mesh: jax.sharding.Mesh) -> int:
+    """Rows that are compiled for `count` samples: the same number on every device."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-count // ways) * ways
+
+
+def _place(seed: int, indices: np.ndarray, labels: np.ndarray, *, rows: int, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
+    """Seed, and indices and labels padded to `rows` (with copies of the last), on the devices."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} must lie in 0..{2**32 - 1}")
+    placement = NamedSharding(mesh, sharding.spec(("batch",)))
+
+    def put(values: np.ndarray) -> jax.Array:
+        padded = np.pad(values.astype(np.int32), (0, rows - len(values)), mode="edge")
+        return jax.make_array_from_callback(padded.shape, placement, lambda index: padded[index])
+
+    return np.uint32(seed), put(indices), put(labels)
+
+
+def _fetch(number: int, count: int, drawn: tuple[jax.Array, jax.Array]) -> tuple[int, np.ndarray]:
+    images, finite = (np.asarray(array)[:count] for array in drawn)
+    if not finite.all():
+        raise UserError(
+            f"{(~finite).sum()} of {count} samples of batch {number} hold NaN or infinity: the weights are damaged or the "
+            "training diverged; try an earlier checkpoint"
+        )
+    return number, images
+
+
+def _arguments(params, seed, indices, labels, model, objective, options):
+    """(predict, the arguments that `sampler.draw` and `sampler.draw_trajectory` share)."""
+
+    def predict(x_t, t, y):
+        return flow.to_velocity(model.apply(params, x_t, t, y), x_t, t, flow=objective)
+
+    shared = {"image_shape": (*model.config.image_size, 3), "null_label": model.config.num_classes}
+    return predict, {"key": jax.random.key(seed), "indices": indices, "labels": labels, "sample": options, **shared}
+
+
+@functools.partial(jax.jit, static_argnames=("model", "objective", "options"))
+def _draw(params, seed, indices, labels, *, model, objective, options):
+    predict, arguments = _arguments(params, seed, indices, labels, model, objective, options)
+    x = sampler.draw(predict, **arguments)
+    drawn = sampler.to_uint8(x), jnp.isfinite(x).all(axis=(1, 2, 3))
+    return jax.lax.with_sharding_constraint(drawn, PartitionSpec())  # every host reads all of it
+
+
+@functools.partial(jax.jit, static_argnames=("model", "objective", "options", "frames"))
+def _draw_frames(params, seed, indices, labels, *, model, objective, options, frames):
+    predict, arguments = _arguments(params, seed, indices, labels, model, objective, options)
+    way = sampler.draw_trajectory(predict, **arguments, frames=frames)
+    noisy, expected, images = (sampler.to_uint8(x) for x in (way.noisy, way.expected, way.images))
+    return jax.lax.with_sharding_constraint((way.times, noisy, expected, images), PartitionSpec())

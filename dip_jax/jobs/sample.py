@@ -1,0 +1,242 @@
+"""Draw images from a trained model: a picture, a folder, or the .npz that the ADM evaluator reads.
+
+Examples:
+  python -m dip_jax sample --workdir=runs/demo --out=grid.png                        a row per class
+  python -m dip_jax sample --workdir=runs/demo --labels=3,7 --num_samples=16 --out=some.png --trajectory=steps.png
+  python -m dip_jax sample --workdir=runs/xl --num_samples=50000 --out=samples.npz   50 per class, labels interleaved
+
+A run that was killed goes on where it stopped when the same command is given again: finished batches are kept, and the file is
+the same to the byte. Sample i depends on (seed, i, label) alone, not on the batch size, the devices or the number of hosts.
+"""
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags as absl_flags
+from jax.experimental import multihost_utils
+from jaxtyping import UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from dip_jax import checkpoint, config, drawing, figures, guard, sample_files, sampler
+from dip_jax import steps as step_files
+from dip_jax.data import pipeline
+from dip_jax.errors import Exit, Interrupted, UserError
+from dip_jax.models import dip
+from dip_jax.typing import Params
+
+_SHOWN = 6  # samples in the trajectory picture
+
+
+def sample(
+    model: dip.DiP,
+    params: Params,
+    *,
+    labels: Sequence[int],
+    seed: int = 0,
+    steps: int = 100,
+    guidance: float = 4.0,
+    interval: tuple[float, float] = (0.1, 1.0),
+    solver: str = "euler",
+    t_shift: float = 1.0,
+    batch_size: int = 64,
+    objective: config.Flow | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Draws one image per label.
+
+    Args:
+        model, params: from `dip_jax.load` or `dip_jax.build`.
+        labels: N classes in [0, num_classes); num_classes itself draws without a class.
+        seed: image i is a function of (seed, i, labels[i]) alone.
+        steps, guidance, interval, solver, t_shift, batch_size: as in `config.Sample`.
+        objective: what the network was trained to predict; the default is the velocity.
+        mesh: devices to spread the images over; by default this process's own.
+
+    Returns:
+        uint8 [N,H,W,3].
+
+    Raises:
+        UserError: for a label or an option out of range, before compiling.
+    """
+    options = config.Sample(
+        solver=solver, steps=steps, guidance=guidance, interval=interval, t_shift=t_shift, batch_size=batch_size
+    )
+    batches = drawing.draw_batches(model, params, labels=labels, seed=seed, options=options, objective=objective, mesh=mesh)
+    return np.concatenate([images for _, images in batches])
+
+
+def define_flags(flags: absl_flags.FlagValues) -> None:
+    """The command's flags."""
+    own = {"flag_values": flags}
+    absl_flags.DEFINE_string("workdir", None, "run whose newest checkpoint is used", **own)
+    absl_flags.DEFINE_string("checkpoint", None, "instead: one step directory, or what `convert` wrote", **own)
+    absl_flags.DEFINE_string("out", None, "FILE.png (a row per class), FILE.npz (ADM's format) or a directory of PNGs", **own)
+    absl_flags.DEFINE_integer("num_samples", 64, "images to draw", lower_bound=1, **own)
+    absl_flags.DEFINE_integer("classes", None, "draw classes 0..N-1, interleaved; default: all classes", **own)
+    absl_flags.DEFINE_list("labels", None, "instead: draw these classes, interleaved, such as 207,360", **own)
+    absl_flags.DEFINE_integer("seed", 0, "image i depends on (seed, i, its class) alone", **own)
+    absl_flags.DEFINE_integer("steps", None, "steps of the solver; default: the run's config, as for the next five", **own)
+    absl_flags.DEFINE_float("guidance", None, "guidance scale; 1 is none", **own)
+    absl_flags.DEFINE_list("interval", None, "low,high: guidance applies where low < t < high (t=1 is data)", **own)
+    absl_flags.DEFINE_string("solver", None, "euler, heun, ab2 or sde", **own)
+    absl_flags.DEFINE_float("t_shift", None, "time shift; above 1 spends more steps near the noise", **own)
+    absl_flags.DEFINE_integer("batch_size", None, "images at once, over all devices of a host", **own)
+    absl_flags.DEFINE_bool("ema", True, "draw from the averaged weights (--noema: from the last update's)", **own)
+    absl_flags.DEFINE_enum("precision", "default", ("default", "highest"), "highest: float32 throughout", **own)
+    absl_flags.DEFINE_string("trajectory", None, "FILE.png that shows some samples from noise to image", **own)
+
+
+def run(flags: absl_flags.FlagValues) -> None:
+    """The command: see the module's docstring."""
+    if (flags.workdir is None) == (flags.checkpoint is None):
+        raise UserError("name one of --workdir=DIR and --checkpoint=DIR")
+    if flags.out is None:
+        raise UserError("--out is missing: FILE.png, FILE.npz or a directory")
+    path = step_files.find(flags.workdir or flags.checkpoint, verify=True, report=lambda line: print(line, file=sys.stderr))
+    record = checkpoint.read_record(path)
+    options = _options(flags, record.config.sample)
+    model, params = checkpoint.load(path, weights="ema" if flags.ema else "raw", verify=False)
+    if flags.precision == "highest":
+        model = dip.from_config(dataclasses.replace(model.config, dtype="float32"))
+    labels = drawing.check_labels(interleave(_classes(flags, model.config.num_classes), flags.num_samples), model)
+    arguments = {"labels": labels, "seed": flags.seed, "options": options, "objective": record.config.flow}
+    settings = _settings(flags, step=path.name, params=params, model=model, **arguments)
+    print(_describe(settings), flush=True)
+    with jax.default_matmul_precision("highest" if flags.precision == "highest" else None):
+        try:
+            _write(flags.out, model, params, settings, names=_class_names(record.config, model), **arguments)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped; the same command goes on where it stopped", code=Exit.INTERRUPTED) from None
+        if flags.trajectory is not None:
+            first = {**arguments, "labels": labels[:_SHOWN]}
+            strip = figures.trajectory(drawing.draw_frames(model, params, **first), _class_names(record.config, model))
+            _save_picture(flags.trajectory, strip)
+
+
+def interleave(classes: Sequence[int], count: int) -> np.ndarray:
+    """`count` labels, label i being class i mod K: a class-sorted file would spoil the Inception Score."""
+    return np.resize(np.asarray(classes, np.int32), count)
+
+
+def _options(flags: absl_flags.FlagValues, base: config.Sample) -> config.Sample:
+    """The run's sampling options with those that the command line names."""
+    named = {key: flags[key].value for key in ("steps", "guidance", "solver", "t_shift", "batch_size")}
+    if flags.interval is not None:
+        named["interval"] = tuple(_number(float, "interval", text) for text in flags.interval)
+    return dataclasses.replace(base, **{key: value for key, value in named.items() if value is not None})
+
+
+def _classes(flags: absl_flags.FlagValues, num_classes: int) -> Sequence[int]:
+    if flags.labels is not None and flags.classes is not None:
+        raise UserError("name one of --labels and --classes, not both")
+    if flags.labels is not None:
+        return [_number(int, "labels", text) for text in flags.labels]
+    count = num_classes if flags.classes is None else flags.classes
+    if not 1 <= count <= num_classes:
+        raise UserError(f"--classes={count} must lie in 1..{num_classes}, the classes of this model")
+    return range(count)
+
+
+def _number(kind: type, flag: str, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise UserError(f"--{flag}: {text!r} is not a number") from error
+
+
+def _settings(flags, *, step, params, model, labels, seed, options, objective) -> dict[str, Any]:
+    """Everything that the images depend on, as JSON values: the protocol, and what a resumed run must agree with."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf))
+    conditional, unconditional = sampler.nfe(options)
+    return {
+        "samples": len(labels),
+        "labels_sha256": hashlib.sha256(labels.tobytes()).hexdigest(),
+        "seed": seed,
+        **dataclasses.asdict(options),
+        "nfe": {"conditional": conditional, "unconditional": unconditional},
+        "weights": "ema" if flags.ema else "raw",
+        "step": step,
+        "weights_sha256": digest.hexdigest(),
+        "prediction": objective.prediction,
+        "t_clip": objective.t_clip,
+        "precision": flags.precision,
+        "model": dataclasses.asdict(model.config),
+    }
+
+
+def _describe(settings: Mapping[str, Any]) -> str:
+    height, width = settings["model"]["image_size"]
+    low, high = settings["interval"]
+    conditional, unconditional = settings["nfe"].values()
+    return (
+        f"drawing {settings['samples']} images of {height}x{width} from the {settings['weights']} weights of step "
+        f"{settings['step']}: {settings['solver']}, {settings['steps']} steps, guidance {settings['guidance']:g} on "
+        f"({low:g}, {high:g}), {conditional} + {unconditional} network evaluations each, {settings['model']['dtype']}, "
+        f"seed {settings['seed']}, {jax.device_count()} {jax.devices()[0].platform} device(s)"
+    )
+
+
+def _write(out: str, model: dip.DiP, params: Params, settings: Mapping[str, Any], *, names: Sequence[str], **arguments) -> None:
+    labels, size = arguments["labels"], arguments["options"].batch_size
+    if out.endswith(".png"):
+        images = [images for _, images in _with_progress(model, params, total=len(labels), done=0, **arguments)]
+        _save_picture(out, figures.class_grid(figures.Labelled(np.concatenate(images), labels), names))
+        return
+    if out.endswith(".npz"):
+        output = sample_files.NpzFile(out, labels=labels, image_shape=(*model.config.image_size, 3), batch_size=size)
+    else:
+        output = sample_files.PictureFolder(out, labels=labels, batch_size=size)
+    if jax.process_index() == 0:
+        output.open(settings)
+    _meet("output is open")
+    mine = range(jax.process_index(), -(-len(labels) // size), jax.process_count())
+    todo = [batch for batch in mine if not output.finished(batch)]
+    done = sum(min(size, len(labels) - batch * size) for batch in mine if batch not in set(todo))
+    total = done + sum(min(size, len(labels) - batch * size) for batch in todo)
+    for batch, images in _with_progress(model, params, total=total, done=done, only=todo, **arguments):
+        output.write(batch, images)
+    _meet("all batches are written")
+    if jax.process_index() == 0:
+        output.close()
+        print(f"wrote {out}")
+
+
+def _with_progress(model: dip.DiP, params: Params, *, total: int, done: int, **arguments) -> Iterator[tuple[int, np.ndarray]]:
+    with tqdm(total=total, initial=done, unit=" images", disable=jax.process_index() != 0) as bar:
+        for batch, images in drawing.draw_batches(model, params, **arguments):
+            yield batch, images
+            bar.update(len(images))
+
+
+def _meet(what: str) -> None:
+    """Hosts wait for each other."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _save_picture(out: str, picture: Image.Image) -> None:
+    if jax.process_index() == 0:
+        path = guard.absolute(out)
+        try:
+            with path.open("wb") as file:
+                picture.save(file, format="png")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+        print(f"wrote {out}")
+
+
+def _class_names(run: config.Config, model: dip.DiP) -> list[str]:
+    """The dataset's names where it is at hand, else numbers."""
+    try:
+        names = pipeline.open_dataset(run.data.path).classes if run.data.path else []
+    except UserError:
+        names = []
+    return names if len(names) == model.config.num_classes else [f"class {i}" for i in range(model.config.num_classes)]
