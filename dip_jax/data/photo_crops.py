@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from tqdm import tqdm
 
 # Class -> (package, file inside it). The files lie in the installed wheels: nothing is fetched.
 PHOTOGRAPHS = {
@@ -104,11 +105,11 @@ class PhotoCrops(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(seed, count) for split, (seed, count) in SPLITS.items()}
+        return {split: self._generate_examples(split, seed, count) for split, (seed, count) in SPLITS.items()}
 
-    def _generate_examples(self, seed: int, count: int) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self, split: str, seed: int, count: int) -> Iterator[tuple[int, dict]]:
         cropper = Cropper(self.builder_config.image_size)
-        for i in range(count):
+        for i in tqdm(range(count), desc=f"photo_crops {split}", unit="image"):
             buffer = io.BytesIO()
             cropper.crop(seed, i).save(buffer, "PNG", compress_level=1)
             # Bytes, not an array: TFDS encodes arrays with TensorFlow.

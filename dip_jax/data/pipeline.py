@@ -12,18 +12,18 @@ worker processes, delivered in order; one more thread places finished batches on
 import functools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grain
 import jax
 import numpy as np
-from grain.experimental import ThreadPrefetchIterDataset, index_shuffle
+from grain.experimental import index_shuffle
 from jax.sharding import NamedSharding
 
 from dip_jax import config, sharding
-from dip_jax.data import images, shards, workers
+from dip_jax.data import images, placement, shards, workers
 from dip_jax.errors import UserError
 
 _CHUNK = 16  # most rows per unit of reading: enough to make Grain's cost per unit vanish, few enough to balance threads
@@ -254,49 +254,6 @@ def host_batches(
     return stream.batch(per_batch, batch_fn=_join)
 
 
-def local_rows(placement: jax.sharding.Sharding, batch_size: int) -> list[int]:
-    """The rows of a batch that devices of this process hold, each once, ascending."""
-    slices = placement.addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (rows,) in slices for row in range(*rows.indices(batch_size))})
-
-
-class Batches(Iterator[dict[str, jax.Array]]):
-    """Endless device-placed batches {"image": uint8 [B, H, W, 3], "label": int32 [B]}; `close()` ends its threads and workers.
-
-    Attributes:
-        replaced: bad records that were replaced so far, in the batches handed out by this process.
-    """
-
-    def __init__(self, host: grain.IterDataset, *, placement: NamedSharding, batch_size: int, prefetch: int):
-        self.replaced = 0
-        rows = local_rows(placement, batch_size)
-        first = {row: slot for slot, row in enumerate(rows)}
-
-        def place(batch: dict[str, np.ndarray]) -> tuple[dict[str, jax.Array], int]:
-            def put(value: np.ndarray) -> jax.Array:
-                shape = (batch_size, *value.shape[1:])
-
-                def rows_of_device(index: tuple[slice, ...]) -> np.ndarray:
-                    start, stop, _ = index[0].indices(batch_size)
-                    return value[first[start] : first[start] + stop - start]
-
-                spec = NamedSharding(placement.mesh, placement.spec)
-                return jax.make_array_from_callback(shape, spec, rows_of_device)
-
-            return {"image": put(batch["image"]), "label": put(batch["label"])}, int(batch["replaced"].sum())
-
-        self._iterator = iter(ThreadPrefetchIterDataset(host.map(place), prefetch_buffer_size=prefetch))
-
-    def __next__(self) -> dict[str, jax.Array]:
-        batch, replaced = next(self._iterator)
-        self.replaced += replaced
-        return batch
-
-    def close(self) -> None:
-        """Stops reading; the iterator is of no use afterwards."""
-        self._iterator.close()
-
-
 def batches(
     dataset: Dataset,
     data: config.Data,
@@ -307,7 +264,7 @@ def batches(
     seed: int,
     salt: int = 0,
     start_step: int = 0,
-) -> Batches:
+) -> placement.Batches:
     """Global batches start_step, start_step + 1, ... placed on `mesh`, the batch over its axes of logical axis "batch".
 
     Args:
@@ -327,18 +284,13 @@ def batches(
         raise UserError(f"model.num_classes={num_classes} but {dataset.folder} has {dataset.num_classes} classes")
     if seed < 0:
         raise UserError(f"the data seed {seed} must not be negative")
-    placement = NamedSharding(mesh, sharding.spec(("batch",)))
-    parts = placement.num_devices // _replicas(placement)
+    layout = NamedSharding(mesh, sharding.spec(("batch",)))
+    parts = placement.count_parts(layout)
     if data.batch_size % parts:
         raise UserError(
             f"data.batch_size={data.batch_size} is not divisible by the {parts} parts that the mesh splits it into: "
             f"use a multiple of {parts}"
         )
-    rows = local_rows(placement, data.batch_size)
+    rows = placement.local_rows(layout, data.batch_size)
     host = host_batches(dataset, data, rows=rows, seed=seed, salt=salt, start_step=start_step)
-    return Batches(host, placement=placement, batch_size=data.batch_size, prefetch=data.prefetch)
-
-
-def _replicas(placement: NamedSharding) -> int:
-    """Devices per part of the batch."""
-    return placement.num_devices // len({str(s) for s in placement.devices_indices_map((placement.num_devices,)).values()})
+    return placement.Batches(host, layout=layout, batch_size=data.batch_size, prefetch=data.prefetch)

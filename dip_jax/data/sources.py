@@ -3,6 +3,7 @@
 A source opens as splits by name; a split gives encoded images by position, and is cheap to send to another process.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -10,7 +11,7 @@ import os
 import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from dip_jax.errors import UserError
 
@@ -24,6 +25,7 @@ class Item:
     label: int
 
 
+@runtime_checkable
 class Split(Protocol):
     """What `prepare` asks of a split."""
 
@@ -33,6 +35,10 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Item: ...
+
+    def part(self, start: int, stop: int) -> "Split":
+        """The items in [start, stop)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,10 @@ class FolderSplit:
     def __getitem__(self, i: int) -> Item:
         name, label = self.files[i]
         return Item(name, (self.root / name).read_bytes(), label)
+
+    def part(self, start: int, stop: int) -> "FolderSplit":
+        """The items in [start, stop)."""
+        return dataclasses.replace(self, files=self.files[start:stop])
 
 
 _SPLIT_FOLDERS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
@@ -141,30 +151,58 @@ class TfdsSplit:
     label: str  # key of the label feature
     classes: list[str]
     identity: str
-    count: int
+    records: range
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.records)
 
     def __getitem__(self, i: int) -> Item:
-        example = _tfds_reader(self.folder, self.split, self.image)[i]
-        return Item(f"{self.split}[{i}]", example[self.image], int(example[self.label]))
+        example = _tfds_reader(self.folder, self.split, self.image)[self.records[i]]
+        return Item(f"{self.split}[{self.records[i]}]", example[self.image], int(example[self.label]))
+
+    def part(self, start: int, stop: int) -> "TfdsSplit":
+        """The items in [start, stop)."""
+        return dataclasses.replace(self, records=self.records[start:stop])
 
 
 @functools.cache  # one per process
 def _tfds_reader(folder: str, split: str, image: str):
-    import tensorflow_datasets as tfds  # here: it takes seconds, and most sources do without
+    import tensorflow_datasets as tfds  # here and below: it takes seconds, and folders do without
 
     builder = tfds.builder_from_directory(folder)
     return builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
 
 
-def _tfds_splits(builder) -> dict[str, TfdsSplit]:
-    """Builds the dataset unless that was done before, and describes its splits.
+def open_tfds(argument: str, root: str, image_size: int | None, scratch: pathlib.Path) -> dict[str, TfdsSplit]:
+    """Any image-classification dataset of TFDS, built as ArrayRecord in the data_dir `root` unless it is there already.
 
     Raises:
-        UserError: if it has no image and class-label feature.
+        UserError: if there is no such dataset, it has no image with a class label, its files must be fetched by hand first,
+            or TFDS builds it with TensorFlow.
     """
+    import tensorflow_datasets as tfds
+
+    del image_size, scratch
+    if not argument:
+        raise UserError("--source=tfds needs a name: --source=tfds:imagenet2012, --source=tfds:cifar10, ...")
+    try:
+        builder = tfds.builder(argument, data_dir=root or None, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise UserError(f"--source=tfds:{argument}: {str(error).strip().splitlines()[0]}") from None
+    try:
+        return _tfds_splits(builder)
+    except ImportError:
+        raise UserError(
+            f"TFDS builds {argument} with packages that are not installed here (TensorFlow, as a rule): build it once where they "
+            f"are, by tfds.builder({argument!r}, data_dir=DIR, file_format='array_record').download_and_prepare(), "
+            "and give that DIR as --from; reading it needs nothing more"
+        ) from None
+    except AssertionError as error:  # TFDS's way to ask for files that must be fetched by hand
+        raise UserError(f"--source=tfds:{argument}: {' '.join(str(error).split())}") from None
+
+
+def _tfds_splits(builder) -> dict[str, TfdsSplit]:
+    """Builds the dataset unless that was done before, and describes its splits."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -173,10 +211,10 @@ def _tfds_splits(builder) -> dict[str, TfdsSplit]:
     if keys := builder.info.supervised_keys:
         images, labels = [k for k in images if k == keys[0]], [k for k in labels if k == keys[1]]
     if len(images) != 1 or len(labels) != 1:
-        raise UserError(
-            f"TFDS dataset {builder.name} has features {', '.join(features)}: one image and one class label are needed"
-        )
+        raise UserError(f"{builder.name} has the features {', '.join(features)}: one image and one class label are needed")
     builder.download_and_prepare(file_format="array_record")
+    if (kind := builder.info.file_format.value) != "array_record":
+        raise UserError(f"{builder.data_path} holds {kind} files, not array_record: give another data_dir as --from")
     return {
         name: TfdsSplit(
             folder=os.fspath(builder.data_path),
@@ -184,8 +222,8 @@ def _tfds_splits(builder) -> dict[str, TfdsSplit]:
             image=images[0],
             label=labels[0],
             classes=list(features[labels[0]].names),
-            identity=f"{builder.info.full_name} {name} {info.num_examples}",
-            count=info.num_examples,
+            identity=f"{builder.info.full_name} {name} {info.num_examples} {info.num_bytes}",
+            records=range(info.num_examples),
         )
         for name, info in builder.info.splits.items()
         if info.num_examples
@@ -194,14 +232,18 @@ def _tfds_splits(builder) -> dict[str, TfdsSplit]:
 
 def open_photo_crops(argument: str, root: str, image_size: int | None, scratch: pathlib.Path) -> dict[str, TfdsSplit]:
     """Random crops of ten photographs (`photo_crops.PhotoCrops`), built in the scratch folder."""
+    import tensorflow_datasets as tfds
+
     from dip_jax.data import photo_crops
 
     del argument, root
     config = photo_crops.CropsConfig(image_size)
+    tfds.disable_progress_bar()  # the generator has its own
     return _tfds_splits(photo_crops.PhotoCrops(config=config, data_dir=os.fspath(scratch), file_format="array_record"))
 
 
 SOURCES = {
     "folder": Source(open_folder),
+    "tfds": Source(open_tfds),
     "photo_crops": Source(open_photo_crops, encoding="raw", image_size=64),
 }
