@@ -21,11 +21,10 @@ import numpy as np
 from absl import flags as absl_flags
 from etils import epath
 
-from dip_jax import checkpoint, command_line, distributed, guard, optim, sharding, state, step, writers
+from dip_jax import checkpoint, command_line, distributed, drawing, guard, optim, sharding, state, step, writers
 from dip_jax.config import Config, difference, to_dict
 from dip_jax.data import pipeline
 from dip_jax.errors import Exit, Interrupted, UserError
-from dip_jax.jobs import sample
 from dip_jax.models import dip
 
 # What may change between two starts in one workdir, whole sections or single keys: nothing here decides what is learnt.
@@ -321,7 +320,7 @@ class _Run:
         with self._aside():
             classes = range(min(self._config.model.num_classes, _CLASSES_SHOWN))
             labels = np.array([*classes] * _SAMPLES_PER_CLASS)
-            batches = sample.draw_batches(
+            batches = drawing.draw_batches(
                 self._model,
                 self._state.ema,
                 labels=labels,

@@ -1,0 +1,98 @@
+"""Faults planted inside a child before it trains; each is a function that patches one seam."""
+
+import os
+import time
+
+import jax.numpy as jnp
+
+from dip_jax import step
+from dip_jax.data import pipeline
+
+
+def _harm_batches(harm) -> None:
+    """Lets `harm(k, batch)` change every batch k before the step sees it."""
+    original = pipeline.batches
+
+    class Harmed:
+        def __init__(self, inner, start, salt):
+            self._inner, self._k, self._salt = inner, start, salt
+
+        def __next__(self):
+            batch = next(self._inner)
+            self._k += 1
+            return harm(self._k - 1, self._salt, batch)
+
+        def close(self):
+            self._inner.close()
+
+    def batches(*args, **kwargs):
+        return Harmed(original(*args, **kwargs), kwargs.get("start_step", 0), kwargs.get("salt", 0))
+
+    pipeline.batches = batches
+
+
+def _nan_from(first: int, last: int, *, only_salt: int | None = None) -> None:
+    """Makes the loss NaN for batches first..last by a scale that the step multiplies pixels with."""
+    original = step.to_float
+
+    def to_float(image):
+        # A batch whose very first pixel is 255, 255, 255 after `harm` is poisoned.
+        value = original(image)
+        poisoned = jnp.all(image[:, 0, 0] == 255)
+        return jnp.where(poisoned, jnp.float32(jnp.nan), value)
+
+    step.to_float = to_float
+
+    def harm(k, salt, batch):
+        if first <= k <= last and only_salt in (None, salt):
+            batch = {**batch, "image": batch["image"].at[:, 0, 0].set(255)}
+        return batch
+
+    _harm_batches(harm)
+
+
+def nan_once() -> None:
+    """Batch 4 is not finite."""
+    _nan_from(4, 4)
+
+
+def nan_streak() -> None:
+    """Batches 5..20 are not finite, in the first order of the data only."""
+    _nan_from(5, 20, only_salt=0)
+
+
+def nan_for_ever() -> None:
+    """All batches from 5 on are not finite, whatever the order."""
+    _nan_from(5, 1 << 30)
+
+
+def hang() -> None:
+    """Batch 4 never comes."""
+
+    def harm(k, salt, batch):
+        if k == 4:
+            time.sleep(3600)
+        return batch
+
+    _harm_batches(harm)
+
+
+def slow_steps() -> None:
+    """Every batch takes a tenth of a second, so that signals meet a run in full swing."""
+
+    def harm(k, salt, batch):
+        time.sleep(0.1)
+        return batch
+
+    _harm_batches(harm)
+
+
+def slow_delete() -> None:
+    """Deleting a file takes 20 ms, so that kills meet half-deleted steps."""
+    original = os.unlink
+
+    def unlink(*args, **kwargs):
+        time.sleep(0.02)
+        original(*args, **kwargs)
+
+    os.unlink = unlink
