@@ -30,7 +30,7 @@ from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
 from dip_jax.typing import Params
 
-_SHOWN = 6  # samples in the trajectory picture
+_SHOWN = 4  # samples in the trajectory picture
 
 
 def sample(
