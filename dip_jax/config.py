@@ -60,7 +60,7 @@ class Model:
         if len(self.image_size) == 1:
             object.__setattr__(self, "image_size", self.image_size * 2)
         if self.inject_after is None:
-            object.__setattr__(self, "inject_after", self.depth // 2)
+            object.__setattr__(self, "inject_after", max(self.depth // 2, 1))
         self._check()
 
     def _check(self):
