@@ -36,7 +36,7 @@ h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em
 h2 { font-size: 19px; margin: 52px 0 4px; }
 p { max-width: 72ch; margin: 6px 0 14px; }
 .faint, figcaption, th { color: var(--faint); }
-.class { display: grid; grid-template-columns: 150px 1fr 1fr; gap: 8px 26px; padding: 12px 0; align-items: center;
+.class { display: grid; grid-template-columns: 172px 1fr 1fr; gap: 8px 26px; padding: 12px 0; align-items: center;
   border-top: 1px solid var(--line); }
 .class > div { display: grid; grid-template-columns: repeat(4, 1fr); gap: 4px; }
 .head { border: 0; padding: 4px 0; color: var(--faint); font-size: 14px; }
@@ -128,14 +128,18 @@ def _classes(samples: figures.Labelled, real: figures.Labelled, names: Sequence[
         name = names[label] if label < len(names) else "no class"
         drawn = "".join(_image(x, f"sample {i + 1} of {name}") for i, x in enumerate(samples.of(label, _EACH)))
         shown = "".join(_image(x, f"real image {i + 1} of {name}") for i, x in enumerate(real.of(label, _EACH)))
-        rows.append(f'<div class="class"><span class="name">{_text(name)}</span><div>{drawn}</div><div>{shown}</div></div>')
+        rows.append(
+            f'<div class="class"><span class="name">{_breakable(name)}</span><div>{drawn}</div><div>{shown}</div></div>'
+        )
     head = '<div class="class head"><span></span><div>Drawn by the model</div><div>Real training images</div></div>'
-    return _section("Samples", "Each row is one class: samples, none left out, beside real images.", head + "\n".join(rows))
+    return _section(
+        "Samples", "One row per class: the first samples drawn, not chosen, beside real images.", head + "\n".join(rows)
+    )
 
 
 def _trajectory(way: Frames, names: Sequence[str]) -> str:
     columns = len(way.times) + 1
-    style = f'style="grid-template-columns: 110px repeat({columns}, 1fr)"'
+    style = f'style="grid-template-columns: 120px repeat({columns}, 1fr)"'
     heads = "".join(f"<span>t = {t:.2f}</span>" for t in way.times.tolist()) + "<span>sample</span>"
     blocks = [f'<div class="way" {style}><span></span>{heads}']
     for b, label in enumerate(way.labels.tolist()[:_WAYS]):
@@ -143,7 +147,7 @@ def _trajectory(way: Frames, names: Sequence[str]) -> str:
         end = _image(way.images[b], f"sample of {name}")
         for kind, frames in (("noisy image", way.noisy[:, b]), ("expected image", way.expected[:, b])):
             cells = "".join(_image(x, f"{kind} at t={t:.2f}") for x, t in zip(frames, way.times.tolist(), strict=True))
-            blocks.append(f'<span class="row"><b>{_text(name)}</b><br>{kind}</span>{cells}{end}')
+            blocks.append(f'<span class="row"><b>{_breakable(name)}</b><br>{kind}</span>{cells}{end}')
     text = "Time runs from noise (t = 0) to data (t = 1). Below each noisy image is the image the network expects at the end."
     return _section("From noise to image", text, "".join(blocks) + "</div>")
 
@@ -161,7 +165,7 @@ def _metrics(metrics: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
         return ""
     keys = list(metrics[0])
     head = "".join(f"<th>{_text(key)}</th>" for key in keys)
-    body = "".join("<tr>" + "".join(f"<td>{_text(_value(row.get(key)))}</td>" for key in keys) + "</tr>" for row in metrics)
+    body = "".join("<tr>" + "".join(f"<td>{_text(_measured(row.get(key)))}</td>" for key in keys) + "</tr>" for row in metrics)
     listed = "".join(f"<li>{_text(note)}</li>" for note in notes)
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     return _section("Metrics", "", table + (f"<ul>{listed}</ul>" if listed else ""))
@@ -195,6 +199,13 @@ def _list(values: Mapping[str, Any]) -> str:
     return f"<dl>{items}</dl>"
 
 
+def _measured(value: Any) -> str:
+    """A cell of the metric table: as many decimals as make four digits, so that columns line up."""
+    if not isinstance(value, float):
+        return _value(value)
+    return f"{value:.{3 if abs(value) < 10 else 2 if abs(value) < 100 else 1}f}"
+
+
 def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
@@ -205,6 +216,11 @@ def _value(value: Any) -> str:
 
 def _text(text: str) -> str:
     return html.escape(text)
+
+
+def _breakable(name: str) -> str:
+    """A class name that may be broken where it has an underscore."""
+    return _text(name).replace("_", "_<wbr>")
 
 
 def _image(image: Any, alt: str) -> str:

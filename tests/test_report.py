@@ -70,7 +70,7 @@ class _Tags(html.parser.HTMLParser):
             assert value.startswith(("data:", "#")), value
         self.images += tag == "img"
         assert tag != "img" or attributes["alt"]
-        if tag not in ("meta", "link", "img", "br"):
+        if tag not in ("meta", "link", "img", "br", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
