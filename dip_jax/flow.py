@@ -4,7 +4,7 @@
     (2)  v   = x - eps                                   target velocity, d x_t / d t
     (3)  t   = sigmoid(m + s n),  n ~ N(0, 1)            time distribution (logit-normal)
     (4)  t  <- t / (t + (1 - t) shift)                   shift towards noise for shift > 1
-    (5)  loss = mean over pixels of |v_hat - v|^2        eq. 5 of the paper (x or eps where those are predicted)
+    (5)  loss = mean over pixels of |v_hat - v|^2        eq. 5 of the paper
     (6)  x = x_t + (1 - t) v,   eps = x_t - t v          what a velocity says about data and noise
     (7)  v = (x_hat - x_t) / (1 - t)                     x prediction as a velocity
     (8)  v = (x_t - eps_hat) / t                         eps prediction as a velocity
@@ -69,7 +69,7 @@ def drop_labels(key: PRNGKey, y: Labels, *, rate: float, null_label: int) -> Lab
 
 @struct.dataclass
 class Corrupted:
-    """A batch ready for the network, and what it must say. Everything random has been drawn."""
+    """A batch ready for the network, and what it must predict: v, x or eps. Everything random has been drawn."""
 
     x_t: Images
     t: Times
@@ -95,9 +95,14 @@ def corrupt(key: PRNGKey, x: Images, y: Labels, *, flow: Flow, null_label: int) 
     return Corrupted(x_t=interpolate(x, eps, t), t=t, y=y, target=target)
 
 
-def loss(predict: Predict, batch: Corrupted) -> Float[Array, ""]:
-    """Equation 5: mean squared error over all pixels of the batch, weight 1 at every time."""
-    return jnp.mean(jnp.square(predict(batch.x_t, batch.t, batch.y) - batch.target))
+def loss(predict: Predict, batch: Corrupted, *, flow: Flow) -> Float[Array, ""]:
+    """Equation 5: mean squared error of the velocity over all pixels of the batch, weight 1 at every time.
+
+    Where x or eps is predicted, prediction and target both become velocities first, with the same floor, so that the
+    three kinds differ in what the network outputs and not in what is asked of it (Li and He, "Back to Basics", 2025).
+    """
+    said = to_velocity(predict(batch.x_t, batch.t, batch.y), batch.x_t, batch.t, flow=flow)
+    return jnp.mean(jnp.square(said - to_velocity(batch.target, batch.x_t, batch.t, flow=flow)))
 
 
 def _per_image(t: Times) -> Float[Array, "B 1 1 1"]:

@@ -47,7 +47,7 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
     image = sharding.constrain(to_float(batch["image"]), "batch", "height", "width", "channels")
     corrupted = flow.corrupt(key, image, batch["label"], flow=objective, null_label=model.config.num_classes)
-    loss, grads = _value_and_grad(model, state.params, corrupted, parts=optim.accumulate)
+    loss, grads = _value_and_grad(model, state.params, corrupted, objective=objective, parts=optim.accumulate)
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -68,11 +68,11 @@ def train_step(
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
-def _value_and_grad(model: Any, params: Params, batch: flow.Corrupted, *, parts: int) -> tuple[Array, Params]:
+def _value_and_grad(model: Any, params: Params, batch: flow.Corrupted, *, objective: Flow, parts: int) -> tuple[Array, Params]:
     """Loss and gradient of the batch; with `parts` > 1 as the mean over micro-batches run one after the other."""
 
     def loss(params, batch):
-        return flow.loss(functools.partial(model.apply, params), batch)
+        return flow.loss(functools.partial(model.apply, params), batch, flow=objective)
 
     if parts == 1:
         return jax.value_and_grad(loss)(params, batch)

@@ -72,12 +72,14 @@ def test_labels_drop_to_the_null_class_at_the_given_rate():
 
 
 @pytest.mark.parametrize("kind", ["v", "x", "eps"])
-def test_loss_is_zero_for_the_truth_and_the_mean_square_otherwise(batch, kind):
+def test_loss_is_zero_for_the_truth_and_the_mean_square_of_the_velocity_otherwise(batch, kind):
     x, _, _ = batch
-    y = jnp.zeros(64, jnp.int32)
-    corrupted = flow.corrupt(jax.random.key(3), x, y, flow=Flow(prediction=kind), null_label=10)
-    assert float(flow.loss(lambda x_t, t, y: corrupted.target, corrupted)) == 0
-    assert float(flow.loss(lambda x_t, t, y: corrupted.target + 2, corrupted)) == pytest.approx(4, rel=1e-5)
+    objective = Flow(prediction=kind)
+    c = flow.corrupt(jax.random.key(3), x, jnp.zeros(64, jnp.int32), flow=objective, null_label=10)
+    assert float(flow.loss(lambda x_t, t, y: c.target, c, flow=objective)) == 0
+    divisor = {"v": np.ones(64), "x": np.maximum(1 - c.t, 0.05), "eps": np.maximum(c.t, 0.05)}[kind]
+    off_by_two = float(flow.loss(lambda x_t, t, y: c.target + 2, c, flow=objective))
+    assert off_by_two == pytest.approx(np.mean((2 / divisor) ** 2), rel=1e-4)
 
 
 def test_corrupt_draws_independent_noise_times_and_drops(batch):
