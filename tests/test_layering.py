@@ -19,6 +19,8 @@ FLOORS = {
     "guard": 0.8,  # writers and steps read it
     "writers": 1,
     "steps": 1,
+    "bad_numbers": 1,
+    "config_change": 1,
     "torch_file": 1,
     "models.patches": 2,
     "models.layers": 2,

@@ -11,30 +11,35 @@ devices. Options that decide what is learnt may not change within a workdir; --a
 import contextlib
 import functools
 import json
-import math
 import sys
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags as absl_flags
 from etils import epath
 
-from dip_jax import checkpoint, command_line, distributed, drawing, guard, optim, sharding, state, step, writers
-from dip_jax.config import Config, difference, to_dict
+from dip_jax import (
+    bad_numbers,
+    checkpoint,
+    command_line,
+    config_change,
+    distributed,
+    drawing,
+    guard,
+    optim,
+    sharding,
+    state,
+    step,
+    writers,
+)
+from dip_jax.config import Config, to_dict
 from dip_jax.data import pipeline
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
 
-# What may change between two starts in one workdir, whole sections or single keys: nothing here decides what is learnt.
-FREE = {"mesh", "checkpoint", "sample", "eval", "data.path", "data.source", "data.num_workers", "data.num_threads"} | {
-    "data.prefetch", "model.attention", "model.remat", "model.head_remat", "train.log_every", "train.sample_every",
-    "train.eval_every", "train.bad_steps", "train.on_bad_steps", "train.watchdog_seconds",
-}  # fmt: skip
 _PATIENCE = 10.0  # the watchdog waits this many times longer for compiling, saving and sampling
-_ROLLBACKS = 3  # to the same step, before giving up
-_SPIKE = 10.0  # a gradient norm this many times the median of the last 100 is reported
 _SAMPLES_PER_CLASS = 6
 _CLASSES_SHOWN = 10
 _NOISE = 1  # stream of the training noise, beside the initial weights
@@ -72,10 +77,11 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
     """
     workdir = guard.absolute(workdir)
     distributed.start()
+    devices = _devices()
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(guard.Signals(shared=jax.process_count() > 1))
         distributed.require_same("the config", json.dumps(to_dict(config)))
-        mesh = sharding.make_mesh(config.mesh, _devices())
+        mesh = sharding.make_mesh(config.mesh, devices)
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(sharding.use_rules(config.mesh.rules))
         size = config.model.image_size[0]
@@ -88,30 +94,13 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         job = _Run(config, workdir, mesh, dataset, signals, checkpoints)
         found = checkpoints.find()
         if found:
-            check_change(found.record.config, config, allowed=allow_change)
+            config_change.check(found.record.config, config, allowed=allow_change)
         if found and found.step >= config.train.steps:
             _say(f"{workdir} is finished: it has all {found.step} steps")
             return
         stack.callback(job.close)
         job.prepare(found)
         job.loop()
-
-
-def check_change(old: Config, new: Config, *, allowed: Collection[str]) -> None:
-    """Refuses to go on with a config that would change what is learnt.
-
-    Raises:
-        UserError: listing the keys that differ and are neither in `FREE` nor in `allowed`. `train.steps` is free where the
-            learning rate does not depend on it.
-    """
-    free = {*FREE, *allowed, *(["train.steps"] if new.optim.schedule == "constant" else [])}
-    lines = [line for line in difference(old, new) if not {line.split(":")[0], line.split(".")[0]} & free]
-    if lines:
-        keys = ",".join(line.split(":")[0] for line in lines)
-        raise UserError(
-            f"the workdir belongs to another config ({'; '.join(lines)}): choose another --workdir, "
-            f"or go on with the change by --allow_change={keys}"
-        )
 
 
 def _devices() -> list[jax.Device]:
@@ -129,15 +118,6 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-@dataclass
-class _Streak:
-    """Bad numbers in a row, and how often a rollback has met the same step."""
-
-    length: int = 0
-    origin: int = -1
-    rollbacks: int = 0
-
-
 class _Run:
     """One run of the loop: `prepare`, then `loop`."""
 
@@ -145,7 +125,7 @@ class _Run:
         self._config, self._workdir, self._mesh, self._dataset = config, workdir, mesh, dataset
         self._signals, self._checkpoints = signals, checkpoints
         self._watchdog = guard.Watchdog(config.train.watchdog_seconds)
-        self._streak, self._norms, self._skipped = _Streak(), [], 0
+        self._watch = bad_numbers.Watch(config.train)
         self._batches = self._writer = self._progress = None
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
@@ -188,7 +168,7 @@ class _Run:
     def _start_from(self, found: checkpoint.Found | None) -> None:
         """Puts the state, the counters and the tables where the checkpoint (or the seed) says."""
         self._step = found.step if found else 0
-        self._skipped = found.record.skipped if found else 0
+        self._watch.skipped = found.record.skipped if found else 0
         self._pending = None
         if found:
             abstract = jax.eval_shape(functools.partial(state.create_state, self._model, self._optimizer), jax.random.key(0))
@@ -222,11 +202,15 @@ class _Run:
                 jax.block_until_ready(metrics)
                 self._progress.restart_clock(self._step)
             first = False
-            if self._streak.length >= train.bad_steps:
-                self._give_up_or_roll_back()
+            if self._watch.exhausted:
+                self._roll_back()
                 continue
-            if self._step % self._config.checkpoint.every_steps == 0 or self._step == train.steps:
+            if self._step == train.steps:
                 self._save()
+            elif self._step % self._config.checkpoint.every_steps == 0:
+                self._settle()
+                if not self._watch.streak:  # a rollback must reach back to before the trouble
+                    self._save()
             if train.sample_every and (self._step % train.sample_every == 0 or self._step == train.steps):
                 self._draw()
         self._checkpoints.wait()
@@ -249,69 +233,50 @@ class _Run:
             return
         (number, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._watch_numbers(number, values)
+        suspect = self._watch.observe(values)
         if not distributed.is_main():
             return
+        if suspect:
+            self._keep_for_inspection(number, values, suspect)
         if number % self._config.train.log_every == 0:
             speed = self._progress.measure(number)
-            row = values | {"skipped": self._skipped, "images_per_second": speed}
-            self._writer.scalars(number, row)
+            self._writer.scalars(number, values | {"skipped": self._watch.skipped, "images_per_second": speed})
         self._progress.update(number, values)
 
-    def _watch_numbers(self, number: int, values: dict[str, float]) -> None:
-        """Counts skipped updates, reports them and sudden jumps of the gradient, and keeps the batch's record numbers."""
-        norm = values["grad_norm"]
-        bad = values["skipped"] > 0
-        usual = float(np.median(self._norms)) if len(self._norms) == 100 else math.inf
-        if bad:
-            self._streak.length += 1
-            self._skipped += 1
-            self._keep_for_inspection(number, values, "a number is not finite: update skipped")
-            return
-        self._streak.length = 0
-        if norm > _SPIKE * usual:
-            self._keep_for_inspection(number, values, f"gradient norm {norm:.3g} is far above the usual {usual:.3g}")
-        self._norms = [*self._norms[-99:], norm]
-
     def _keep_for_inspection(self, number: int, values: dict[str, float], reason: str) -> None:
-        if not distributed.is_main():
-            return
         order = {key: self._identity[key] for key in ("batch_size", "seed", "salt")}
-        records = pipeline.batch_indices(len(self._dataset), **order, step=number - 1)
-        folder = self._workdir / "inspect"
-        folder.mkdir(exist_ok=True)
-        content = {"step": number, "reason": reason, "metrics": {k: repr(v) for k, v in values.items()}, **order}
-        guard.write_text(folder / f"step_{number:08d}.json", json.dumps({**content, "records": records.tolist()}))
-        self._progress.say(f"step {number}: {reason}; its records are in {folder}")
+        records = pipeline.batch_indices(len(self._dataset), **order, step=number - 1).tolist()
+        path = bad_numbers.keep_for_inspection(
+            self._workdir, number, reason=reason, metrics=values, order=order, records=records
+        )
+        self._progress.say(f"step {number}: {reason}; its records are in {path}")
 
-    def _give_up_or_roll_back(self) -> None:
+    def _roll_back(self) -> None:
         """After `train.bad_steps` bad steps in a row: the last good checkpoint and other data, or the end."""
         self._checkpoints.wait()
         found = self._checkpoints.find()
         origin = found.step if found else 0
-        self._streak.rollbacks = self._streak.rollbacks + 1 if origin == self._streak.origin else 1
-        self._streak.origin, self._streak.length = origin, 0
-        if self._config.train.on_bad_steps == "abort" or self._streak.rollbacks > _ROLLBACKS:
+        bad = f"{self._config.train.bad_steps} updates in a row were not finite at step {self._step}"
+        if not self._watch.roll_back(origin, skipped=found.record.skipped if found else 0):
             raise Interrupted(
-                f"{self._config.train.bad_steps} updates in a row were not finite at step {self._step}; the last checkpoint is "
-                f"step {origin}: lower optim.learning_rate or set optim.grad_clip, see {self._workdir / 'inspect'}",
+                f"{bad}; the last checkpoint is step {origin}: lower optim.learning_rate or set optim.grad_clip, and look at "
+                f"{self._workdir / 'inspect'}",
                 code=Exit.NUMERIC_ABORT,
             )
-        _say(f"{self._config.train.bad_steps} bad steps in a row: back to step {origin}, with other data")
+        _say(f"{bad}: back to step {origin}, with other data")
         self._open_data(found, salt=self._identity["salt"] + 1)
         self._start_from(found)
 
     def _save(self) -> None:
-        """Starts a save of the current step; never one whose parameters are not finite."""
-        last = self._pending
+        """Starts a save of the current step; never of numbers that are not finite."""
         self._settle()
-        if last and not math.isfinite(float(last[1]["param_norm"])):
-            raise Interrupted(
-                f"parameters are not finite at step {self._step}: nothing saved, the checkpoint before stays",
-                code=Exit.NUMERIC_ABORT,
-            )
         with self._aside():
-            record = checkpoint.Record(self._config, self._identity, self._skipped)
+            if not _all_finite(self._state):
+                raise Interrupted(
+                    f"the state is not finite at step {self._step}: nothing saved, the checkpoint before stays",
+                    code=Exit.NUMERIC_ABORT,
+                )
+            record = checkpoint.Record(self._config, self._identity, self._watch.skipped)
             self._checkpoints.save(self._step, self._state, record)
 
     def _draw(self) -> None:
@@ -353,6 +318,11 @@ class _Run:
         if self._batches is not None:
             self._batches.close()
         self._close_writers()
+
+
+@jax.jit
+def _all_finite(tree: state.TrainState) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _tile(images: np.ndarray, *, columns: int) -> np.ndarray:

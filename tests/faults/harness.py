@@ -11,6 +11,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -117,12 +118,33 @@ class Nursery:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, config: Config, workdir: pathlib.Path, *, fault: str = "", **options: object) -> Child:
+    def start(
+        self,
+        config: Config,
+        workdir: pathlib.Path,
+        *,
+        fault: str = "",
+        environment: Mapping[str, str] | None = None,
+        **options: object,
+    ) -> Child:
         """Starts `train(config, workdir=workdir, **options)`; `fault` names a function of `faults.injections` to run first."""
         self._count += 1
         log = self._scratch / f"child-{self._count}.log"
-        request = {"config": to_dict(config), "workdir": str(workdir), "log": str(log), "fault": fault, "options": options}
+        request = {"config": to_dict(config), "workdir": str(workdir), "log": str(log), "fault": fault}
+        request |= {"options": options, "environment": dict(environment or {})}
         return Child(self, self.ask(request)["pid"], log)
+
+    def start_several(self, count: int, config: Config, workdir: pathlib.Path, *, devices: int = 1, **options: object):
+        """Starts a run of `count` processes with `devices` each; returns its children, process 0 first."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+        common |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        return [
+            self.start(config, workdir, environment=common | {"JAX_PROCESS_ID": str(index)}, **options)
+            for index in range(count)
+        ]
 
     def run(self, config: Config, workdir: pathlib.Path, **options: object) -> tuple[int, str]:
         """Exit code and log of a whole run."""

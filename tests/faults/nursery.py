@@ -43,6 +43,7 @@ def live(request: dict) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(request["environment"])
     code = 1
     try:
         if request["fault"]:
