@@ -104,7 +104,7 @@ class Writer:
         if guard.is_local(workdir):  # tensorboardX appends, which a bucket cannot
             self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
 
-    def scalars(self, step: int, values: Mapping[str, float], *, table: str = "metrics") -> None:
+    def scalars(self, step: int, values: Mapping[str, float | int | np.number], *, table: str = "metrics") -> None:
         """One row of a table ("metrics" or "eval"), and the same numbers to TensorBoard. Once per step and table.
 
         A number that is not finite becomes null, which JSON has a word for.
