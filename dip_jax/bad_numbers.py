@@ -10,7 +10,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from etils import epath
+from jaxtyping import Array, Bool
 
 from dip_jax import guard
 from dip_jax.config import Train
@@ -71,3 +74,9 @@ def keep_for_inspection(
     content = {"step": step, "reason": reason, "metrics": numbers, "order": dict(order), "records": records}
     guard.write_text(path, json.dumps(content))
     return path
+
+
+@jax.jit
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether every number of a tree of arrays is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

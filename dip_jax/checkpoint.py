@@ -22,7 +22,6 @@ import concurrent.futures
 import dataclasses
 import json
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +71,7 @@ class Checkpoints:
         _quieten_orbax()
         self.root = guard.absolute(workdir) / steps.ROOT
         self._options = options
-        self._report = report or _print
+        self._report = report or distributed.say
         self._current = self.root  # the step being written
         self._saving: concurrent.futures.Future | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -195,7 +194,7 @@ def load(path: epath.PathLike, *, weights: str = "ema", verify: bool = True) -> 
     _quieten_orbax()
     if weights not in ("ema", "raw", "initial"):
         raise UserError(f"weights={weights!r} is unknown: it is one of ema, raw, initial")
-    path = steps.find(path, verify=verify, report=_print)
+    path = steps.find(path, verify=verify, report=distributed.say)
     record = read_record(path)
     model = dip.from_config(record.config.model)
     if weights == "initial":
@@ -304,7 +303,3 @@ def _quieten_orbax() -> None:
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
-
-
-def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ process trains alone.
 """
 
 import os
+import sys
 import zlib
 from collections.abc import Callable
 from typing import TypeVar
@@ -47,6 +48,12 @@ def start() -> None:
 def is_main() -> bool:
     """True in the one process that writes files and speaks."""
     return jax.process_index() == 0
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr, once for all processes."""
+    if is_main():
+        print(line, file=sys.stderr, flush=True)
 
 
 def agree(value: int) -> int:

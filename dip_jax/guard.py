@@ -74,7 +74,7 @@ def require_space(path: epath.Path, needed: int) -> None:
     free = shutil.disk_usage(path).free
     if free < needed:
         raise UserError(
-            f"{path} has {free / 2**30:.2f} GiB free but a checkpoint needs {needed / 2**30:.2f} GiB: free some space, "
+            f"{path} has {free / 2**30:.2f} GiB free but needs {needed / 2**30:.2f} GiB: free some space, "
             "then run the same command again"
         )
 

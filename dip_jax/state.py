@@ -48,6 +48,12 @@ def state_shardings(model: Any, optimizer: optax.GradientTransformation, mesh: M
     return TrainState(step=replicated, params=params, opt_state=opt_state, ema=averaged)
 
 
+def abstract_state(model: Any, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without computing it: what a checkpoint is restored onto."""
+    shapes = jax.eval_shape(functools.partial(create_state, model, optimizer), jax.random.key(0))
+    return jax.tree.map(lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes, shardings)
+
+
 def init_sharded(model: Any, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState) -> TrainState:
     """`create_state` compiled so that every array is born where `shardings` puts it; same values on every mesh."""
     create = jax.jit(functools.partial(create_state, model, optimizer), out_shardings=shardings)

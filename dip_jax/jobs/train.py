@@ -9,13 +9,10 @@ devices. Options that decide what is learnt may not change within a workdir; --a
 """
 
 import contextlib
-import functools
 import json
-import sys
 from collections.abc import Collection, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags as absl_flags
 from etils import epath
@@ -27,6 +24,7 @@ from dip_jax import (
     config_change,
     distributed,
     drawing,
+    figures,
     guard,
     optim,
     sharding,
@@ -96,7 +94,7 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         if found:
             config_change.check(found.record.config, config, allowed=allow_change)
         if found and found.step >= config.train.steps:
-            _say(f"{workdir} is finished: it has all {found.step} steps")
+            distributed.say(f"{workdir} is finished: it has all {found.step} steps")
             return
         stack.callback(job.close)
         job.prepare(found)
@@ -111,11 +109,6 @@ def _devices() -> list[jax.Device]:
             f"JAX_PLATFORMS={jax.config.jax_platforms} asks for an accelerator that is not there "
             f"({str(error).splitlines()[0]}): install the extra for it, or unset JAX_PLATFORMS"
         ) from error
-
-
-def _say(line: str) -> None:
-    if distributed.is_main():
-        print(line, file=sys.stderr, flush=True)
 
 
 class _Run:
@@ -171,10 +164,9 @@ class _Run:
         self._watch.skipped = found.record.skipped if found else 0
         self._pending = None
         if found:
-            abstract = jax.eval_shape(functools.partial(state.create_state, self._model, self._optimizer), jax.random.key(0))
-            target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, self._shardings)
+            target = state.abstract_state(self._model, self._optimizer, self._shardings)
             self._state = self._checkpoints.restore(found, target)
-            _say(f"going on from step {found.step} of {self._workdir}")
+            distributed.say(f"going on from step {found.step} of {self._workdir}")
         else:
             self._state = state.init_sharded(self._model, self._optimizer, self._config.train.seed, self._shardings)
         if distributed.is_main():
@@ -214,7 +206,7 @@ class _Run:
             if train.sample_every and (self._step % train.sample_every == 0 or self._step == train.steps):
                 self._draw()
         self._checkpoints.wait()
-        _say(f"finished: {self._step} steps in {self._workdir}")
+        distributed.say(f"finished: {self._step} steps in {self._workdir}")
 
     def _stop_if_asked(self) -> None:
         asked = self._signals.requested
@@ -263,7 +255,7 @@ class _Run:
                 f"{self._workdir / 'inspect'}",
                 code=Exit.NUMERIC_ABORT,
             )
-        _say(f"{bad}: back to step {origin}, with other data")
+        distributed.say(f"{bad}: back to step {origin}, with other data")
         self._open_data(found, salt=self._identity["salt"] + 1)
         self._start_from(found)
 
@@ -271,7 +263,7 @@ class _Run:
         """Starts a save of the current step; never of numbers that are not finite."""
         self._settle()
         with self._aside():
-            if not _all_finite(self._state):
+            if not bad_numbers.all_finite(self._state):
                 raise Interrupted(
                     f"the state is not finite at step {self._step}: nothing saved, the checkpoint before stays",
                     code=Exit.NUMERIC_ABORT,
@@ -280,23 +272,17 @@ class _Run:
             self._checkpoints.save(self._step, self._state, record)
 
     def _draw(self) -> None:
-        """A grid of samples from the averaged weights: one column per class, the same noise every time."""
+        """A grid of samples from the averaged weights, a row per class; the same noise every time."""
         self._settle()
         with self._aside():
-            classes = range(min(self._config.model.num_classes, _CLASSES_SHOWN))
-            labels = np.array([*classes] * _SAMPLES_PER_CLASS)
-            batches = drawing.draw_batches(
-                self._model,
-                self._state.ema,
-                labels=labels,
-                seed=0,
-                options=self._config.sample,
-                objective=self._config.flow,
-                mesh=self._mesh,
-            )
+            shown = range(min(self._config.model.num_classes, _CLASSES_SHOWN))
+            labels = np.repeat(np.array(shown, np.int32), _SAMPLES_PER_CLASS)
+            options = {"options": self._config.sample, "objective": self._config.flow, "mesh": self._mesh}
+            batches = drawing.draw_batches(self._model, self._state.ema, labels=labels, seed=0, **options)
             images = np.concatenate([images for _, images in batches])
             if distributed.is_main():
-                self._writer.image(self._step, "samples", _tile(images, columns=len(classes)))
+                grid = figures.class_grid(figures.Labelled(images, labels), self._dataset.classes)
+                self._writer.image(self._step, "samples", np.asarray(grid))
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
@@ -318,15 +304,3 @@ class _Run:
         if self._batches is not None:
             self._batches.close()
         self._close_writers()
-
-
-@jax.jit
-def _all_finite(tree: state.TrainState) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
-
-
-def _tile(images: np.ndarray, *, columns: int) -> np.ndarray:
-    """[N,H,W,C] as one picture, row by row."""
-    count, height, width, channels = images.shape
-    grid = images.reshape(count // columns, columns, height, width, channels).swapaxes(1, 2)
-    return grid.reshape(count // columns * height, columns * width, channels)
