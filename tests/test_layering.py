@@ -24,6 +24,7 @@ FLOORS = {
     "torch_file": 1,
     "models.patches": 2,
     "models.layers": 2,
+    "models.folding": 2,
     "state": 2,
     "sampler": 2,
     "models.backbone": 3,
