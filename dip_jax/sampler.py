@@ -151,7 +151,7 @@ def draw_trajectory(
     kept = kept[np.linspace(0, len(kept) - 1, min(frames, len(kept))).round().astype(int)]
     keys, x = _start(key, indices, image_shape)
     x, (noisy, expected) = _integrate(predict, x, keys, labels, table, sample=sample, null_label=null_label, frames=kept)
-    return Trajectory(images=x, times=table.time[kept], noisy=noisy, expected=expected)
+    return Trajectory(images=x, times=jnp.asarray(table.time[kept]), noisy=noisy, expected=expected)
 
 
 def to_uint8(x: Float[jax.Array, "*B H W C"]) -> UInt8[jax.Array, "*B H W C"]:
