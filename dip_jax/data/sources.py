@@ -193,8 +193,8 @@ def open_tfds(argument: str, root: str, image_size: int | None, scratch: pathlib
         return _tfds_splits(builder)
     except ImportError:
         raise UserError(
-            f"TFDS builds {argument} with packages that are not installed here (TensorFlow, as a rule): build it once where they "
-            f"are, by tfds.builder({argument!r}, data_dir=DIR, file_format='array_record').download_and_prepare(), "
+            f"TFDS builds {argument} with packages that are not installed here (TensorFlow, as a rule): build it once where "
+            f"they are, by tfds.builder({argument!r}, data_dir=DIR, file_format='array_record').download_and_prepare(), "
             "and give that DIR as --from; reading it needs nothing more"
         ) from None
     except AssertionError as error:  # TFDS's way to ask for files that must be fetched by hand

@@ -1,0 +1,240 @@
+"""How fast images come in, per core; what a million records cost; what reading costs a training step.
+
+    python benchmarks/data.py --what=read      Pillow alone (the ceiling), our pipeline with 0, 1, 2 workers, stored crops
+    python benchmarks/data.py --what=scale     1.28 million records: start, resume at step 700,000, memory over 10,000 batches
+    python benchmarks/data.py --what=step --config=configs/demo.py --data=DATASET_DIR
+                                               step time with real data against a constant batch, on whatever jax finds
+
+Every rate is images per second of CPU time (user + system, workers included), so that it does not depend on what else the
+machine does: times the cores of a host it is what that host can feed. Results go to benchmarks/results/data_*.json.
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import resource
+import runpy
+import shutil
+import statistics
+import tempfile
+import time
+
+import jax
+import numpy as np
+import PIL
+from absl import app, flags
+from PIL import Image
+
+from dip_jax import config, optim, sharding, state
+from dip_jax.data import images, photo_crops, pipeline, shards
+from dip_jax.jobs import prepare
+from dip_jax.models.dip import from_config
+from dip_jax.step import compile_train_step
+
+WHAT = flags.DEFINE_enum("what", "read", ["read", "scale", "step"], "which benchmark")
+IMAGES = flags.DEFINE_integer("images", 400, "photographs for --what=read")
+RECORDS = flags.DEFINE_integer("records", 1_281_167, "records for --what=scale")
+BATCHES = flags.DEFINE_integer("batches", 10_000, "batches of 256 for --what=scale")
+STEPS = flags.DEFINE_integer("steps", 60, "measured steps for --what=step")
+DATA = flags.DEFINE_string("data", "", "dataset directory for --what=step")
+CONFIG = flags.DEFINE_string("config", "configs/demo.py", "config for --what=step")
+OUT = flags.DEFINE_string("out", "benchmarks/results", "folder of the results")
+SIZE = 256
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and its living children."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        fields = pathlib.Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / ticks
+    return total
+
+
+def make_photographs(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
+    """JPEGs like ImageNet's: 500x375, some 110 KB, all different crops of the ten photographs."""
+    rng = np.random.default_rng(0)
+    photographs = [photo_crops.load_photograph(name) for name in photo_crops.PHOTOGRAPHS]
+    files = []
+    for i in range(count):
+        source = photographs[i % len(photographs)]
+        side = min(source.width / 4, source.height / 3) * rng.uniform(0.8, 1)
+        left, top = rng.uniform(0, source.width - 4 * side), rng.uniform(0, source.height - 3 * side)
+        image = source.resize((500, 375), Image.Resampling.BICUBIC, box=(left, top, left + 4 * side, top + 3 * side))
+        path = folder / f"class_{i % 10}" / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=96)
+        files.append(path)
+    return files
+
+
+def rate_of_pillow(files: list[pathlib.Path]) -> float:
+    """Decode and ADM crop in a plain loop: what no pipeline with Pillow can beat."""
+    started = cpu_seconds()
+    for path in files:
+        np.asarray(images.center_crop(Image.open(path).convert("RGB"), SIZE))
+    return len(files) / (cpu_seconds() - started)
+
+
+def rate_of_pipeline(folder: pathlib.Path, count: int, *, num_workers: int) -> float:
+    """The host side of the pipeline: read, decode, crop, batch."""
+    dataset = pipeline.open_dataset(folder, image_size=SIZE)
+    data = config.Data(batch_size=16, num_workers=num_workers, num_threads=2)
+    stream = iter(pipeline.host_batches(dataset, data, rows=range(16), seed=0))
+    for _ in range(12):  # workers have started, buffers are full: as much is read as is taken from here on
+        next(stream)
+    started = cpu_seconds()
+    for _ in range(count // 16):
+        next(stream)
+    rate = count // 16 * 16 / (cpu_seconds() - started)
+    stream.close()
+    return rate
+
+
+def read(scratch: pathlib.Path) -> dict:
+    """Rates of reading, per core; the variants take turns, so that a busy machine slows them alike."""
+    files = make_photographs(scratch / "photographs", IMAGES.value)
+    size = sum(path.stat().st_size for path in files) / len(files)
+    rates = {f"Pillow alone ({size / 1024:.0f} KiB JPEG, 500x375 -> {SIZE})": lambda: rate_of_pillow(files)}
+    for encoding in ("original", "jpeg", "png", "webp", "raw"):
+        folder = scratch / encoding
+        prepare.prepare("folder", root=os.fspath(scratch / "photographs"), out=folder, image_size=SIZE, encoding=encoding)
+        stored = sum(shard.bytes for shard in shards.read_info(folder).shards) / len(files)
+        for workers in (0, 1, 2) if encoding == "original" else (0,):
+            name = f"pipeline, {encoding} ({stored / 1024:.0f} KiB each), {workers} workers"
+            rates[name] = functools.partial(rate_of_pipeline, folder, len(files), num_workers=workers)
+    measured = {name: [] for name in rates}
+    for _ in range(5):
+        for name, rate in rates.items():
+            measured[name].append(rate())
+    rows, ceiling = [], statistics.median(next(iter(measured.values())))
+    for name, values in measured.items():
+        value = statistics.median(values)
+        rows.append(
+            {
+                "what": name,
+                "images_per_core_second": round(value, 1),
+                "of_ceiling": round(value / ceiling, 2),
+                "steps_per_second_at_batch_256_fed_by_16_cores": round(value * 16 / 256, 1),
+            }
+        )
+        print(f"{name:56} {value:7.0f} images/s/core  {value / ceiling:6.2f} x Pillow")
+    return {"rows": rows}
+
+
+def write_tiny(folder: pathlib.Path, count: int) -> None:
+    """A dataset of 2x2 images in 2,048-record shards."""
+    folder.mkdir()
+    parts = [range(start, min(start + 2048, count)) for start in range(0, count, 2048)]
+    written = [
+        shards.write_shard(folder / f"train-{k:05d}.array_record", ((i % 1000, i.to_bytes(12, "little")) for i in part))
+        for k, part in enumerate(parts)
+    ]
+    counts = tuple(len(range(k, count, 1000)) for k in range(1000))
+    names = tuple(f"class_{k}" for k in range(1000))
+    info = shards.DatasetInfo("benchmark", names, counts, image_size=2, encoding="raw", shards=tuple(written))
+    (folder / shards.DATASET_FILE).write_text(info.to_json())
+
+
+def scale(scratch: pathlib.Path) -> dict:
+    """Start-up, resume and memory with a million records."""
+    write_tiny(scratch / "tiny", RECORDS.value)
+    data = config.Data(batch_size=256)
+    result = {"records": RECORDS.value, "shards": -(-RECORDS.value // 2048)}
+    for key, start in (("start_seconds", 0), ("resume_at_700000_seconds", 700_000)):
+        began = time.perf_counter()
+        dataset = pipeline.open_dataset(scratch / "tiny")
+        stream = iter(pipeline.host_batches(dataset, data, rows=range(256), seed=0, start_step=start))
+        batch = next(stream)
+        result[key] = time.perf_counter() - began
+        planned = pipeline.batch_indices(len(dataset), batch_size=256, seed=0, step=start)
+        assert [int.from_bytes(image.tobytes(), "little") for image in batch["image"]] == planned.tolist()
+    memory, began = [], time.perf_counter()
+    for k in range(BATCHES.value):
+        next(stream)
+        if k % max(BATCHES.value // 10, 1) == 0:
+            memory.append(resident_mib())
+    memory.append(resident_mib())
+    result["batches_per_second"] = BATCHES.value / (time.perf_counter() - began)
+    result["resident_mib_along_the_way"] = memory
+    stream.close()
+    print(json.dumps(result, indent=1))
+    return result
+
+
+def step(scratch: pathlib.Path) -> dict:
+    """Median step time with a constant batch and with real data, in turns, so that both see the same machine."""
+    del scratch
+    settings = config.from_config_dict(runpy.run_path(CONFIG.value)["get_config"]())
+    data, size = settings.data, settings.model.image_size
+    mesh = sharding.make_mesh(settings.mesh)
+    with jax.set_mesh(mesh), sharding.use_rules(settings.mesh.rules):
+        model = from_config(settings.model)
+        optimizer = optim.make_optimizer(settings.optim, total_steps=settings.train.steps)
+        shardings = state.state_shardings(model, optimizer, mesh, zero1=settings.mesh.zero1)
+        train_step = compile_train_step(model, optimizer, shardings, mesh, objective=settings.flow, optim=settings.optim)
+        carry, key = state.init_sharded(model, optimizer, 0, shardings), jax.random.key(0)
+        dataset = pipeline.open_dataset(DATA.value or data.path, image_size=size[0], source=data.source)
+        batches = pipeline.batches(dataset, data, mesh=mesh, image_size=size, num_classes=settings.model.num_classes, seed=0)
+        constant = next(batches)
+        batches.close()
+
+        def seconds(carry, next_batch) -> tuple:
+            times = []
+            for _ in range(STEPS.value):
+                began = time.perf_counter()
+                carry, metrics = train_step(carry, next_batch(), key)
+                jax.block_until_ready(metrics)
+                times.append(time.perf_counter() - began)
+            return carry, statistics.median(times)
+
+        carry, _ = seconds(carry, lambda: constant)  # compiles
+        rounds = {"constant": [], "real": []}
+        for _ in range(5):
+            carry, value = seconds(carry, lambda: constant)
+            rounds["constant"].append(value)
+            batches = pipeline.batches(
+                dataset, data, mesh=mesh, image_size=size, num_classes=settings.model.num_classes, seed=0
+            )
+            carry, value = seconds(carry, functools.partial(next, batches))
+            rounds["real"].append(value)
+            batches.close()
+    result = {f"{name}_ms": round(1e3 * statistics.median(values), 2) for name, values in rounds.items()}
+    result["slower_by"] = round(result["real_ms"] / result["constant_ms"] - 1, 4)
+    result |= {"config": CONFIG.value, "batch_size": data.batch_size, "encoding": dataset.info.encoding}
+    result["device"] = str(jax.devices()[0].device_kind)
+    print(json.dumps(result, indent=1))
+    return result
+
+
+def resident_mib() -> float:
+    """Resident memory of this process now."""
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def machine() -> dict:
+    """What the numbers were measured on."""
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    versions = {"python": platform.python_version(), "pillow": PIL.__version__, "jax": jax.__version__}
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), **versions}
+
+
+def main(_) -> None:
+    """Runs one benchmark and writes its result."""
+    scratch = pathlib.Path(tempfile.mkdtemp())
+    try:
+        result = {"read": read, "scale": scale, "step": step}[WHAT.value](scratch)
+    finally:
+        shutil.rmtree(scratch)
+    out = pathlib.Path(OUT.value) / f"data_{WHAT.value}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
