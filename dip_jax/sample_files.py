@@ -25,7 +25,7 @@ from PIL import Image
 from dip_jax import guard
 from dip_jax.errors import UserError
 
-_CHUNK = 1 << 24  # bytes copied at once when the parts are joined
+_CHUNK = 1 << 20  # bytes copied at once when the parts are joined
 
 
 class Output(Protocol):
@@ -71,7 +71,7 @@ class NpzFile:
         begun = self.path.exists() or self._parts.exists()
         _claim(self._settings, settings, begun=begun, out=self.path)
         if not self.path.exists():
-            _make(self._parts)
+            require_folder(self._parts)
             done = sum(self._size(batch) for batch in range(self._batches) if self.finished(batch))
             total = len(self._labels) * int(np.prod(self._image_shape))
             guard.require_space(self._parts, 2 * total - done)
@@ -133,8 +133,8 @@ class PictureFolder:
 
     def open(self, settings: Mapping[str, Any]) -> None:
         """See `Output`."""
-        begun = self.path.exists() and any(self.path.iterdir())
-        _make(self.path)
+        begun = self.path.exists() and any(not child.name.endswith((".partial", ".writable")) for child in self.path.iterdir())
+        require_folder(self.path)
         _claim(self._settings, settings, begun=begun, out=self.path)
 
     def _of(self, batch: int) -> Sequence[str]:
@@ -168,7 +168,7 @@ def _claim(file: epath.Path, settings: Mapping[str, Any], *, begun: bool, out: e
     if not file.exists():
         if begun:
             raise UserError(f"--out={out} exists but was not made by this command: choose another name or move it away")
-        _make(file.parent)
+        require_folder(file.parent)
         guard.write_text(file, json.dumps(settings, indent=2) + "\n")
         return
     try:
@@ -186,7 +186,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _make(folder: epath.Path) -> None:
+def require_folder(folder: epath.Path) -> None:
+    """Creates a folder and proves that a file can be written there.
+
+    Raises:
+        UserError: if not.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         guard.write_text(folder / ".writable", "")

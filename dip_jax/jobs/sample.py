@@ -11,19 +11,17 @@ the same to the byte. Sample i depends on (seed, i, label) alone, not on the bat
 
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags as absl_flags
-from jax.experimental import multihost_utils
 from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from dip_jax import checkpoint, config, drawing, figures, guard, sample_files, sampler
+from dip_jax import checkpoint, config, distributed, drawing, figures, guard, sample_files, sampler
 from dip_jax import steps as step_files
 from dip_jax.data import pipeline
 from dip_jax.errors import Exit, Interrupted, UserError
@@ -45,7 +43,6 @@ def sample(
     solver: str = "euler",
     t_shift: float = 1.0,
     batch_size: int = 64,
-    objective: config.Flow | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> UInt8[np.ndarray, "N H W 3"]:
     """Draws one image per label.
@@ -55,7 +52,6 @@ def sample(
         labels: N classes in [0, num_classes); num_classes itself draws without a class.
         seed: image i is a function of (seed, i, labels[i]) alone.
         steps, guidance, interval, solver, t_shift, batch_size: as in `config.Sample`.
-        objective: what the network was trained to predict; the default is the velocity.
         mesh: devices to spread the images over; by default this process's own.
 
     Returns:
@@ -67,7 +63,7 @@ def sample(
     options = config.Sample(
         solver=solver, steps=steps, guidance=guidance, interval=interval, t_shift=t_shift, batch_size=batch_size
     )
-    batches = drawing.draw_batches(model, params, labels=labels, seed=seed, options=options, objective=objective, mesh=mesh)
+    batches = drawing.draw_batches(model, params, labels=labels, seed=seed, options=options, mesh=mesh)
     return np.concatenate([images for _, images in batches])
 
 
@@ -98,16 +94,20 @@ def run(flags: absl_flags.FlagValues) -> None:
         raise UserError("name one of --workdir=DIR and --checkpoint=DIR")
     if flags.out is None:
         raise UserError("--out is missing: FILE.png, FILE.npz or a directory")
-    path = step_files.find(flags.workdir or flags.checkpoint, verify=True, report=lambda line: print(line, file=sys.stderr))
+    distributed.start()
+    for picture in (flags.out, flags.trajectory):
+        if picture and picture.endswith(".png"):
+            sample_files.require_folder(guard.absolute(picture).parent)
+    path = step_files.find(flags.workdir or flags.checkpoint, verify=True, report=distributed.say)
     record = checkpoint.read_record(path)
     options = _options(flags, record.config.sample)
     model, params = checkpoint.load(path, weights="ema" if flags.ema else "raw", verify=False)
     if flags.precision == "highest":
         model = dip.from_config(dataclasses.replace(model.config, dtype="float32"))
     labels = drawing.check_labels(interleave(_classes(flags, model.config.num_classes), flags.num_samples), model)
-    arguments = {"labels": labels, "seed": flags.seed, "options": options, "objective": record.config.flow}
+    arguments = {"labels": labels, "seed": flags.seed, "options": options}
     settings = _settings(flags, step=path.name, params=params, model=model, **arguments)
-    print(_describe(settings), flush=True)
+    distributed.say(_describe(settings))
     with jax.default_matmul_precision("highest" if flags.precision == "highest" else None):
         try:
             _write(flags.out, model, params, settings, names=_class_names(record.config, model), **arguments)
@@ -150,7 +150,7 @@ def _number(kind: type, flag: str, text: str) -> Any:
         raise UserError(f"--{flag}: {text!r} is not a number") from error
 
 
-def _settings(flags, *, step, params, model, labels, seed, options, objective) -> dict[str, Any]:
+def _settings(flags, *, step, params, model, labels, seed, options) -> dict[str, Any]:
     """Everything that the images depend on, as JSON values: the protocol, and what a resumed run must agree with."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
@@ -165,8 +165,8 @@ def _settings(flags, *, step, params, model, labels, seed, options, objective) -
         "weights": "ema" if flags.ema else "raw",
         "step": step,
         "weights_sha256": digest.hexdigest(),
-        "prediction": objective.prediction,
-        "t_clip": objective.t_clip,
+        "prediction": model.config.prediction,
+        "t_clip": model.config.t_clip,
         "precision": flags.precision,
         "model": dataclasses.asdict(model.config),
     }
@@ -194,43 +194,30 @@ def _write(out: str, model: dip.DiP, params: Params, settings: Mapping[str, Any]
         output = sample_files.NpzFile(out, labels=labels, image_shape=(*model.config.image_size, 3), batch_size=size)
     else:
         output = sample_files.PictureFolder(out, labels=labels, batch_size=size)
-    if jax.process_index() == 0:
-        output.open(settings)
-    _meet("output is open")
+    distributed.on_main(lambda: output.open(settings))
     mine = range(jax.process_index(), -(-len(labels) // size), jax.process_count())
     todo = [batch for batch in mine if not output.finished(batch)]
     done = sum(min(size, len(labels) - batch * size) for batch in mine if batch not in set(todo))
     total = done + sum(min(size, len(labels) - batch * size) for batch in todo)
     for batch, images in _with_progress(model, params, total=total, done=done, only=todo, **arguments):
         output.write(batch, images)
-    _meet("all batches are written")
-    if jax.process_index() == 0:
-        output.close()
-        print(f"wrote {out}")
+    distributed.largest(0)  # all batches are written when all hosts are here
+    distributed.on_main(output.close)
+    distributed.say(f"wrote {out}")
 
 
 def _with_progress(model: dip.DiP, params: Params, *, total: int, done: int, **arguments) -> Iterator[tuple[int, np.ndarray]]:
-    with tqdm(total=total, initial=done, unit=" images", disable=jax.process_index() != 0) as bar:
+    with tqdm(total=total, initial=done, unit=" images", disable=None if distributed.is_main() else True) as bar:
         for batch, images in drawing.draw_batches(model, params, **arguments):
             yield batch, images
             bar.update(len(images))
 
 
-def _meet(what: str) -> None:
-    """Hosts wait for each other."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
 def _save_picture(out: str, picture: Image.Image) -> None:
-    if jax.process_index() == 0:
-        path = guard.absolute(out)
-        try:
-            with path.open("wb") as file:
-                picture.save(file, format="png")
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
-        print(f"wrote {out}")
+    if distributed.is_main():
+        with guard.absolute(out).open("wb") as file:
+            picture.save(file, format="png")
+    distributed.say(f"wrote {out}")
 
 
 def _class_names(run: config.Config, model: dip.DiP) -> list[str]:
