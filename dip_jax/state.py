@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
 
 from dip_jax import sharding
 from dip_jax.typing import Params, PRNGKey
@@ -18,7 +17,7 @@ from dip_jax.typing import Params, PRNGKey
 class TrainState:
     """Step counter, float32 parameters, optimizer state, and the exponential moving average of the parameters."""
 
-    step: Int[Array, ""]  # updates done; int32
+    step: Any  # updates done: int32 scalar; like the other fields, its shape or sharding in trees of those
     params: Params
     opt_state: Any
     ema: Params

@@ -1,0 +1,273 @@
+"""Checkpoints: what is saved comes back bit for bit on any mesh, damage is seen, misfits are named."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import random
+import subprocess
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from faults import harness
+from hypothesis import strategies as st
+
+from dip_jax import checkpoint, config, guard, optim, sharding, state, steps
+from dip_jax.errors import UserError
+from dip_jax.models import dip
+
+CONFIG = harness.tiny_config(pathlib.Path("nowhere"))
+MODEL = dip.from_config(CONFIG.model)
+OPTIMIZER = optim.make_optimizer(CONFIG.optim, total_steps=10)
+RECORD = checkpoint.Record(CONFIG, {"fingerprint": "abc", "seed": 0, "salt": 2, "batch_size": 8}, skipped=5)
+
+
+def abstract(mesh: config.Mesh) -> state.TrainState:
+    made = sharding.make_mesh(mesh)
+    return state.abstract_state(MODEL, OPTIMIZER, state.state_shardings(MODEL, OPTIMIZER, made, zero1=mesh.zero1))
+
+
+@pytest.fixture(scope="module")
+def trained() -> state.TrainState:
+    """A state in which no two arrays are alike, spread over eight devices."""
+    target = abstract(config.Mesh(data=2, fsdp=2, tensor=2))
+    rng = np.random.default_rng(0)
+
+    def fill(x):
+        values = rng.integers(1, 99, x.shape) if x.dtype == jnp.int32 else rng.normal(size=x.shape)
+        return jax.device_put(np.asarray(values, x.dtype), x.sharding)
+
+    return jax.tree.map(fill, target)
+
+
+def same(a, b) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b)))
+
+
+def saved(folder, trained, *numbers: int, **options) -> checkpoint.Checkpoints:
+    checkpoints = checkpoint.Checkpoints(folder, config.Checkpoint(**{"keep_last": 9, **options}))
+    for number in numbers:
+        checkpoints.save(number, trained, RECORD)
+    checkpoints.wait()
+    return checkpoints
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory, trained) -> pathlib.Path:
+    """A workdir with the steps 2 and 4, to be copied and harmed."""
+    folder = tmp_path_factory.mktemp("pristine")
+    saved(folder, trained, 2, 4).close()
+    return folder
+
+
+@pytest.fixture
+def copy(tmp_path, pristine) -> pathlib.Path:
+    subprocess.run(["cp", "-r", str(pristine), str(tmp_path / "w")], check=True)
+    return tmp_path / "w"
+
+
+@pytest.mark.parametrize(
+    "mesh", [config.Mesh(), config.Mesh(data=1, fsdp=8), config.Mesh(data=4, tensor=2, zero1=True)], ids=str
+)
+def test_restores_bit_for_bit_on_any_mesh(pristine, trained, mesh):
+    checkpoints = checkpoint.Checkpoints(pristine, config.Checkpoint())
+    found = checkpoints.find()
+    assert (found.step, found.record) == (4, RECORD)
+    target = abstract(mesh)
+    restored = checkpoints.restore(found, target)
+    assert same(restored, trained)
+    assert jax.tree.all(jax.tree.map(lambda x, t: x.sharding == t.sharding and x.dtype == t.dtype, restored, target))
+    checkpoints.close()
+
+
+def test_save_keeps_what_it_was_given_while_training_goes_on(tmp_path):
+    """The step donates its buffers: an asynchronous save must not read them afterwards."""
+    target = abstract(config.Mesh())
+    zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), target))()
+    count = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), s), donate_argnums=0)
+    checkpoints = checkpoint.Checkpoints(tmp_path, config.Checkpoint(keep_last=9))
+    current = zeros
+    for number in range(1, 6):
+        current = count(current)
+        checkpoints.save(number, current, RECORD)
+    for _ in range(20):
+        current = count(current)
+    checkpoints.wait()
+    for number in range(1, 6):
+        found = checkpoint.Found(number, checkpoints.root / str(number), RECORD)
+        restored = checkpoints.restore(found, target)
+        assert all(np.all(np.asarray(leaf) == number) for leaf in jax.tree.leaves(restored))
+    checkpoints.close()
+
+
+def test_manifest_is_what_sha256sum_checks(pristine):
+    step = pristine / "checkpoints" / "4"
+    subprocess.run(["sha256sum", "--check", "--quiet", "--strict", steps.MANIFEST], cwd=step, check=True)
+    digest = hashlib.sha256((step / "config" / "metadata").read_bytes()).hexdigest()
+    assert f"{digest}  config/metadata\n" in (step / steps.MANIFEST).read_text()
+    assert json.loads((step / "config" / "metadata").read_text())["data"]["salt"] == 2
+
+
+@hypothesis.given(harm=st.sampled_from(sorted(harness.HARMS)), seed=st.integers(0, 2**32))
+@hypothesis.settings(max_examples=15, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_harm_to_any_file_is_seen_and_put_aside(tmp_path_factory, pristine, trained, harm, seed):
+    workdir = tmp_path_factory.mktemp("harmed") / "w"
+    subprocess.run(["cp", "-r", str(pristine), str(workdir)], check=True)
+    rng = random.Random(seed)
+    files = [f for f in harness.files_of(workdir / "checkpoints" / "4") if f.stat().st_size and f.name not in steps._LATE]
+    victim = rng.choice(files)
+    harness.HARMS[harm](victim, rng)
+    lines = []
+    checkpoints = checkpoint.Checkpoints(workdir, config.Checkpoint(), report=lines.append)
+    found = checkpoints.find()
+    checkpoints.close()
+    assert found.step == 2
+    assert len(lines) == 1 and "checkpoint 4 is damaged" in lines[0]
+    assert (workdir / "checkpoints" / "damaged" / "4").is_dir()
+    assert not (workdir / "checkpoints" / "4").exists()
+
+
+def test_extra_file_and_missing_manifest_are_damage(copy):
+    step = epath.Path(copy / "checkpoints" / "4")
+    assert steps.damage(step) is None
+    (step / "ema" / "d" / "extra").write_text("")
+    assert steps.damage(step) == "ema/d/extra is not in the manifest"
+    (step / steps.MANIFEST).unlink()
+    assert steps.damage(step) == f"{steps.MANIFEST} is missing"
+
+
+def test_nothing_but_damage_stops_the_run_and_says_so_again(copy):
+    for number in (2, 4):
+        (copy / "checkpoints" / str(number) / "config" / "metadata").write_text("{}")
+    for _ in range(2):
+        checkpoints = checkpoint.Checkpoints(copy, config.Checkpoint(), report=lambda line: None)
+        with pytest.raises(UserError, match="no undamaged checkpoint is left"):
+            checkpoints.find()
+        checkpoints.close()
+    (copy / "checkpoints" / "damaged").rename(copy / "elsewhere")
+    checkpoints = checkpoint.Checkpoints(copy, config.Checkpoint())
+    assert checkpoints.find() is None
+    checkpoints.close()
+
+
+def test_step_saved_again_after_damage_does_not_clash(copy, trained):
+    for _ in range(2):
+        harness.delete(copy / "checkpoints" / "4" / steps.MANIFEST, random.Random(0))
+        checkpoints = checkpoint.Checkpoints(copy, config.Checkpoint(keep_last=9), report=lambda line: None)
+        assert checkpoints.find().step == 2
+        checkpoints.save(4, trained, RECORD)
+        checkpoints.wait()
+        assert checkpoints.find().step == 4
+        checkpoints.close()
+    assert sorted(p.name for p in (copy / "checkpoints" / "damaged").iterdir()) == ["4", "4.2"]
+
+
+def test_verification_can_be_switched_off(copy):
+    (copy / "checkpoints" / "4" / steps.MANIFEST).unlink()
+    checkpoints = checkpoint.Checkpoints(copy, config.Checkpoint(verify=False))
+    assert checkpoints.find().step == 4
+    checkpoints.close()
+
+
+def test_keep_policy_and_leftovers_of_a_kill(tmp_path, trained):
+    root = tmp_path / "checkpoints"
+    for name in ("todelete/7/state", "9.orbax-checkpoint-tmp/state"):
+        (root / name).mkdir(parents=True)
+    checkpoints = saved(tmp_path, trained, 1, 2, 3, 4, 5, 6, keep_last=2, keep_every=3)
+    checkpoints.close()
+    assert sorted(p.name for p in root.iterdir()) == ["3", "5", "6"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"width": 32}, r"does not fit this model: .*float32\[1, 8\] in the checkpoint, float32\[1, 16\] here; .*more"),
+        ({"depth": 2}, r"float32\[1, .*\] in the checkpoint, float32\[2, .*\] here"),
+        ({"head": "unet", "head_width": 4, "head_depth": 1}, r"not in the checkpoint"),
+    ],
+    ids=str,
+)
+def test_other_model_is_refused_with_its_leaves(pristine, change, message):
+    model = dip.from_config(dataclasses.replace(CONFIG.model, **change))
+    shardings = state.state_shardings(model, OPTIMIZER, sharding.make_mesh(config.Mesh()))
+    checkpoints = checkpoint.Checkpoints(pristine, config.Checkpoint())
+    with pytest.raises(UserError, match=message):
+        checkpoints.restore(checkpoints.find(), state.abstract_state(model, OPTIMIZER, shardings))
+    checkpoints.close()
+
+
+def test_other_dtype_is_refused(pristine):
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype, sharding=x.sharding),
+        abstract(config.Mesh()),
+    )
+    checkpoints = checkpoint.Checkpoints(pristine, config.Checkpoint())
+    with pytest.raises(UserError, match=r"float32\[.*\] in the checkpoint, bfloat16\[.*\] here"):
+        checkpoints.restore(checkpoints.find(), target)
+    checkpoints.close()
+
+
+def test_failed_save_stops_at_the_next_check_with_the_last_good_step(tmp_path, trained, monkeypatch):
+    checkpoints = saved(tmp_path, trained, 1)
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(guard, "write_text", full)
+    checkpoints.save(2, trained, RECORD)
+    checkpoints._saving.exception()  # until the background is done
+    with pytest.raises(UserError, match=r"saving .*/2 failed \(OSError.*No space left.*\); the last good one is step 1"):
+        checkpoints.check()
+    monkeypatch.undo()
+    checkpoints.check()
+    checkpoints.save(2, trained, RECORD)
+    checkpoints.close()
+    assert steps.complete(epath.Path(tmp_path / "checkpoints")) == [1, 2]
+
+
+def test_load_needs_nothing_but_a_path(pristine, trained, copy):
+    for path in (pristine, pristine / "checkpoints", pristine / "checkpoints" / "2", str(pristine)):
+        model, params = checkpoint.load(path)
+        assert model == MODEL
+        assert same(params, trained.ema)
+    assert same(checkpoint.load(pristine, weights="raw")[1], trained.params)
+    assert same(checkpoint.load(pristine, weights="initial")[1], jax.jit(MODEL.init)(jax.random.key(CONFIG.train.seed)))
+
+
+def test_load_passes_over_damage_and_changes_nothing(copy, trained, capsys):
+    harness.flip_bit(copy / "checkpoints" / "4" / "ema" / "manifest.ocdbt", random.Random(1))
+    before = harness.files_of(copy)
+    assert same(checkpoint.load(copy)[1], trained.ema)
+    assert "checkpoint 4 is damaged" in capsys.readouterr().err
+    assert harness.files_of(copy) == before
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load(copy / "checkpoints" / "4")
+
+
+def test_load_says_what_is_wrong(tmp_path, copy):
+    with pytest.raises(UserError, match="is no directory: give a workdir"):
+        checkpoint.load(tmp_path / "none")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(UserError, match="weights='best' is unknown"):
+        checkpoint.load(copy, weights="best")
+    with pytest.raises(UserError, match="holds no item 'ema'"):
+        subprocess.run(["rm", "-r", str(copy / "checkpoints" / "4" / "ema")], check=True)
+        checkpoint.load(copy / "checkpoints" / "4", verify=False)
+    (copy / "checkpoints" / "4" / "config" / "metadata").write_text("[]")
+    with pytest.raises(UserError, match="no readable config item"):
+        checkpoint.load(copy / "checkpoints" / "4", verify=False)
+
+
+def test_weights_from_elsewhere_are_loaded_like_any_other(tmp_path, trained):
+    path = checkpoint.write_weights(tmp_path / "out", trained.ema, config=CONFIG)
+    assert steps.damage(path) is None
+    assert same(checkpoint.load(tmp_path / "out")[1], trained.ema)
+    with pytest.raises(UserError, match="holds no item 'state'"):
+        checkpoint.load(tmp_path / "out", weights="raw")
+    with pytest.raises(UserError, match="exists already"):
+        checkpoint.write_weights(tmp_path / "out", trained.ema, config=CONFIG)
