@@ -41,6 +41,7 @@ FLOORS = {
     "jobs.prepare": 8,
     "jobs.convert": 8,
     "jobs.info": 8,
+    "candidates": 8.5,  # interleaves labels as sampling does
     "jobs.evaluate": 9,
     "jobs.train": 10,
     "__main__": 11,

@@ -18,6 +18,7 @@ from dip_jax.torch_file import read_tensors
 from dip_jax.typing import Params, RawImages
 
 RESIZE = "bilinear (antialiased when shrinking), half-pixel centres"
+DIMENSION = 1280  # of the pooled features
 FILE = "efficientnet-lite0-57934424.pth"
 _BN_EPS = 1e-3
 # repeats, kernel, stride of the first block, expansion: one row per stage of the table in the EfficientNet paper

@@ -12,7 +12,6 @@ covariances too, where that root is not.
 """
 
 import dataclasses
-import warnings
 from collections.abc import Iterator
 
 import jax
@@ -35,50 +34,50 @@ class Gaussian:
 
 
 class Moments:
-    """Mean and covariance of vectors that arrive in batches; the memory is that of one d x d matrix.
+    """Mean and covariance of vectors that arrive in batches; the memory is that of a few d x d matrices.
 
-    Each batch is centred on its own mean before its products are summed, and batches merge by the pairwise update of Chan,
+    Blocks of vectors are centred on their own mean before their products are summed, and merge by the pairwise update of Chan,
     Golub & LeVeque (1983), so nothing is lost where the mean is large against the spread.
     """
 
     def __init__(self, dimension: int):
-        self.count = 0
+        self._count = 0
         self._mean = np.zeros(dimension)
         self._scatter = np.zeros((dimension, dimension))
+        self._waiting: list[np.ndarray] = []
 
     def add(self, rows: np.ndarray) -> None:
-        """Takes vectors [n, dimension] of any float type, n >= 1."""
-        rows = np.asarray(rows, np.float64)
+        """Takes vectors [n, dimension] of any float type."""
+        self._waiting.append(np.asarray(rows, np.float64))
+        if sum(map(len, self._waiting)) >= TILE:  # few large products instead of many small ones
+            self._merge()
+
+    def _merge(self) -> None:
+        rows = np.concatenate(self._waiting)
+        self._waiting = []
         mean = rows.mean(axis=0)
-        centred = rows - mean
-        total = self.count + len(rows)
+        total = self._count + len(rows)
         shift = mean - self._mean
+        weight = np.sqrt(self._count * len(rows) / total)
+        centred = np.concatenate([rows - mean, shift[None] * weight])
         self._scatter += centred.T @ centred
-        if self.count:
-            scaled = shift * np.sqrt(self.count * len(rows) / total)
-            self._scatter += np.outer(scaled, scaled)
         self._mean += shift * (len(rows) / total)
-        self.count = total
+        self._count = total
 
     def finish(self) -> Gaussian:
         """The mean and the unbiased covariance (divided by count - 1); at least two vectors are needed."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 vectors, not {self.count}")
-        return Gaussian(self._mean.copy(), self._scatter / (self.count - 1), self.count)
+        if self._waiting:
+            self._merge()
+        if self._count < 2:
+            raise ValueError(f"a covariance needs at least 2 vectors, not {self._count}")
+        return Gaussian(self._mean.copy(), self._scatter / (self._count - 1), self._count)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Equation (1) by (2): the distance between two Gaussians, at least 0 up to rounding.
 
-    Warns when a side has no more vectors than dimensions: its covariance is then singular and the distance biased upwards.
+    With no more vectors than dimensions it is biased upwards; compare it then only with distances of the same counts.
     """
-    for side in (a, b):
-        if side.count is not None and side.count <= len(side.mean):
-            warnings.warn(
-                f"{side.count} vectors of {len(side.mean)} dimensions: the covariance is singular and the distance biased; "
-                "compare it only with distances of the same counts",
-                stacklevel=2,
-            )
     overlap = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
     shift = a.mean - b.mean
     return float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap)
