@@ -10,7 +10,6 @@ import pytest
 from dip_jax.jobs import convert
 from dip_jax.models import dip
 
-
 QUICK = (384, 256)
 
 
@@ -19,7 +18,7 @@ def _marked(case: parity_cases.Case):
     return pytest.param(case, id=case.name, marks=pytest.mark.slow if slow else ())
 
 
-@pytest.mark.parametrize("case", map(_marked, parity_cases.CASES))
+@pytest.mark.parametrize("case", [_marked(case) for case in parity_cases.CASES])
 def test_outputs_equal_those_of_the_pytorch_module(case):
     with np.load(parity_cases.GOLDEN) as golden:
         expected, scale = golden[case.name], golden[f"{case.name}/scale"]
