@@ -46,6 +46,8 @@ class Model:
     head_upsample: str = "nearest"  # U-Net: nearest | bilinear
     head_zero_init: bool = True  # the head's last layer starts at zero
     head_feature: str = "raw"  # what the U-Net reads of the backbone: raw (s) | silu (SiLU(t_emb + s))
+    prediction: str = "v"  # what the network says: v | x | eps; loss and sampling convert it to the velocity
+    t_clip: float = 0.05  # floor of 1 - t (x) and of t (eps) in that conversion
     dtype: str = "bfloat16"  # compute; parameters, norms, softmax, RoPE, t and loss stay float32
     attention: str = "auto"  # auto | xla | cudnn
     scan_layers: bool = True  # one compiled block, scanned; False unrolls
@@ -86,6 +88,8 @@ class Model:
         _one_of("model.head_pool", self.head_pool, ("avg", "max"))
         _one_of("model.head_upsample", self.head_upsample, ("nearest", "bilinear"))
         _one_of("model.head_feature", self.head_feature, ("raw", "silu"))
+        _one_of("model.prediction", self.prediction, ("v", "x", "eps"))
+        _positive("model", self, "t_clip")
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("model.attention", self.attention, ("auto", "xla", "cudnn"))
         _one_of("model.remat", self.remat, ("none", "dots", "full"))
@@ -95,16 +99,13 @@ class Model:
 class Flow:
     """The objective (section 3.1): x_t = t x + (1 - t) eps, regress the velocity x - eps."""
 
-    prediction: str = "v"  # what the network outputs: v | x | eps; sampling always converts to v
     t_mean: float = 0.0  # t ~ sigmoid(N(t_mean, t_std))
     t_std: float = 1.0
     t_shift: float = 1.0  # then t / (t + (1 - t) t_shift); above 1 favours noise
-    t_clip: float = 0.05  # floor of 1 - t and of t where x and eps predictions are converted to v
     label_dropout: float = 0.1  # share of examples whose label becomes the null class
 
     def __post_init__(self):
-        _one_of("flow.prediction", self.prediction, ("v", "x", "eps"))
-        _positive("flow", self, "t_std", "t_shift", "t_clip")
+        _positive("flow", self, "t_std", "t_shift")
         if not 0 <= self.label_dropout <= 1:
             raise UserError(f"flow.label_dropout={self.label_dropout} must lie in [0, 1]")
 

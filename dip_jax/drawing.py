@@ -44,10 +44,9 @@ def draw_batches(
     model: dip.DiP,
     params: Params,
     *,
-    labels: Sequence[int],
+    labels: Sequence[int] | np.ndarray,
     seed: int,
     options: config.Sample,
-    objective: config.Flow | None = None,
     mesh: jax.sharding.Mesh | None = None,
     only: Iterable[int] | None = None,
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "B H W 3"]]]:
@@ -58,7 +57,6 @@ def draw_batches(
         labels: N classes in [0, num_classes]; num_classes is the null class.
         seed: image i is a function of (seed, i, labels[i]) alone.
         options: solver, steps, guidance, images per batch.
-        objective: what the network was trained to predict; the default is the velocity.
         mesh: devices; by default this process's own. Where it spans several hosts, all call this and all get all images.
         only: the batches to draw; by default all.
 
@@ -71,9 +69,9 @@ def draw_batches(
     labels = check_labels(labels, model)
     size = options.batch_size
     mesh = mesh or sharding.make_mesh(config.Mesh(), jax.local_devices())
-    static = {"model": model, "objective": objective or config.Flow(), "options": options}
+    static = {"model": model, "options": options}
     rows = _rows(min(size, len(labels)), mesh)
-    params = jax.device_put(params, sharding.shardings(mesh, model.logical_axes()))
+    params = jax.device_put(params, sharding.shardings(mesh, model.logical_axes(), params))
     waiting: list[tuple[int, int, Any]] = []
     for number in range(-(-len(labels) // size)) if only is None else only:
         indices = np.arange(number * size, min((number + 1) * size, len(labels)))
@@ -90,18 +88,17 @@ def draw_frames(
     model: dip.DiP,
     params: Params,
     *,
-    labels: Sequence[int],
+    labels: Sequence[int] | np.ndarray,
     seed: int,
     options: config.Sample,
-    objective: config.Flow | None = None,
     mesh: jax.sharding.Mesh | None = None,
     frames: int = 8,
 ) -> Frames:
     """The way from noise to image of a few samples, in one batch; arguments as `draw_batches`."""
     labels = check_labels(labels, model)
     mesh = mesh or sharding.make_mesh(config.Mesh(), jax.local_devices())
-    static = {"model": model, "objective": objective or config.Flow(), "options": options, "frames": frames}
-    params = jax.device_put(params, sharding.shardings(mesh, model.logical_axes()))
+    static = {"model": model, "options": options, "frames": frames}
+    params = jax.device_put(params, sharding.shardings(mesh, model.logical_axes(), params))
     count = len(labels)
     with jax.set_mesh(mesh):
         place = _place(seed, np.arange(count), labels, rows=_rows(count, mesh), mesh=mesh)
@@ -109,7 +106,7 @@ def draw_frames(
     return Frames(labels=labels, times=times, noisy=noisy[:, :count], expected=expected[:, :count], images=images[:count])
 
 
-def check_labels(labels: Sequence[int], model: dip.DiP) -> np.ndarray:
+def check_labels(labels: Sequence[int] | np.ndarray, model: dip.DiP) -> np.ndarray:
     """The labels as int32 [N].
 
     Raises:
@@ -154,27 +151,27 @@ def _fetch(number: int, count: int, drawn: tuple[jax.Array, jax.Array]) -> tuple
     return number, images
 
 
-def _arguments(params, seed, indices, labels, model, objective, options):
+def _arguments(params, seed, indices, labels, model, options):
     """(predict, the arguments that `sampler.draw` and `sampler.draw_trajectory` share)."""
 
     def predict(x_t, t, y):
-        return flow.to_velocity(model.apply(params, x_t, t, y), x_t, t, flow=objective)
+        return flow.to_velocity(model.apply(params, x_t, t, y), x_t, t, model=model.config)
 
     shared = {"image_shape": (*model.config.image_size, 3), "null_label": model.config.num_classes}
     return predict, {"key": jax.random.key(seed), "indices": indices, "labels": labels, "sample": options, **shared}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "objective", "options"))
-def _draw(params, seed, indices, labels, *, model, objective, options):
-    predict, arguments = _arguments(params, seed, indices, labels, model, objective, options)
+@functools.partial(jax.jit, static_argnames=("model", "options"))
+def _draw(params, seed, indices, labels, *, model, options):
+    predict, arguments = _arguments(params, seed, indices, labels, model, options)
     x = sampler.draw(predict, **arguments)
     drawn = sampler.to_uint8(x), jnp.isfinite(x).all(axis=(1, 2, 3))
     return jax.lax.with_sharding_constraint(drawn, PartitionSpec())  # every host reads all of it
 
 
-@functools.partial(jax.jit, static_argnames=("model", "objective", "options", "frames"))
-def _draw_frames(params, seed, indices, labels, *, model, objective, options, frames):
-    predict, arguments = _arguments(params, seed, indices, labels, model, objective, options)
+@functools.partial(jax.jit, static_argnames=("model", "options", "frames"))
+def _draw_frames(params, seed, indices, labels, *, model, options, frames):
+    predict, arguments = _arguments(params, seed, indices, labels, model, options)
     way = sampler.draw_trajectory(predict, **arguments, frames=frames)
     noisy, expected, images = (sampler.to_uint8(x) for x in (way.noisy, way.expected, way.images))
     return jax.lax.with_sharding_constraint((way.times, noisy, expected, images), PartitionSpec())

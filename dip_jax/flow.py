@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from dip_jax.config import Flow
+from dip_jax.config import Flow, Model
 from dip_jax.typing import Images, Labels, Predict, PRNGKey, Times
 
 
@@ -43,16 +43,16 @@ def velocity(x: Images, eps: Images) -> Images:
     return x - eps
 
 
-def to_velocity(prediction: Images, x_t: Images, t: Times, *, flow: Flow) -> Images:
-    """What the network said, as a velocity: identity for v, equations 7 and 8 for x and eps.
+def to_velocity(prediction: Images, x_t: Images, t: Times, *, model: Model) -> Images:
+    """What the network said, as a velocity: identity for v, equations 7 and 8 for x and eps (`model.prediction`).
 
-    The denominators are floored at `flow.t_clip`, where the division would otherwise blow up.
+    The denominators are floored at `model.t_clip`, where the division would otherwise blow up.
     """
     t = _per_image(t)
-    if flow.prediction == "x":
-        return (prediction - x_t) / jnp.maximum(1 - t, flow.t_clip)
-    if flow.prediction == "eps":
-        return (x_t - prediction) / jnp.maximum(t, flow.t_clip)
+    if model.prediction == "x":
+        return (prediction - x_t) / jnp.maximum(1 - t, model.t_clip)
+    if model.prediction == "eps":
+        return (x_t - prediction) / jnp.maximum(t, model.t_clip)
     return prediction
 
 
@@ -77,32 +77,32 @@ class Corrupted:
     target: Images
 
 
-def corrupt(key: PRNGKey, x: Images, y: Labels, *, flow: Flow, null_label: int) -> Corrupted:
+def corrupt(key: PRNGKey, x: Images, y: Labels, *, flow: Flow, model: Model) -> Corrupted:
     """Draws times, noise and dropped labels for clean images: equations 1 to 4.
 
     Args:
         key: names everything drawn here.
         x: images in [-1, 1].
-        y: labels in [0, null_label).
+        y: labels in [0, num_classes).
         flow: the section of the config.
-        null_label: the label of the unconditional class.
+        model: gives the quantity to predict and the number of classes, which is the null label.
     """
     key_times, key_noise, key_labels = jax.random.split(key, 3)
     t = sample_times(key_times, x.shape[0], flow=flow)
     eps = jax.random.normal(key_noise, x.shape, jnp.float32)
-    target = {"v": velocity(x, eps), "x": x, "eps": eps}[flow.prediction]
-    y = drop_labels(key_labels, y, rate=flow.label_dropout, null_label=null_label)
+    target = {"v": velocity(x, eps), "x": x, "eps": eps}[model.prediction]
+    y = drop_labels(key_labels, y, rate=flow.label_dropout, null_label=model.num_classes)
     return Corrupted(x_t=interpolate(x, eps, t), t=t, y=y, target=target)
 
 
-def loss(predict: Predict, batch: Corrupted, *, flow: Flow) -> Float[Array, ""]:
+def loss(predict: Predict, batch: Corrupted, *, model: Model) -> Float[Array, ""]:
     """Equation 5: mean squared error of the velocity over all pixels of the batch, weight 1 at every time.
 
     Where x or eps is predicted, prediction and target both become velocities first, with the same floor, so that the
     three kinds differ in what the network outputs and not in what is asked of it (Li and He, "Back to Basics", 2025).
     """
-    said = to_velocity(predict(batch.x_t, batch.t, batch.y), batch.x_t, batch.t, flow=flow)
-    return jnp.mean(jnp.square(said - to_velocity(batch.target, batch.x_t, batch.t, flow=flow)))
+    said = to_velocity(predict(batch.x_t, batch.t, batch.y), batch.x_t, batch.t, model=model)
+    return jnp.mean(jnp.square(said - to_velocity(batch.target, batch.x_t, batch.t, model=model)))
 
 
 def _per_image(t: Times) -> Float[Array, "B 1 1 1"]:

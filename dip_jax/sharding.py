@@ -5,15 +5,16 @@ or to None (replicated). Everything is jitted under `jax.set_mesh(mesh)`; a name
 
 Example:
     >>> mesh = make_mesh(config.mesh)
+    >>> shapes = jax.eval_shape(model.init, key)
     >>> with jax.set_mesh(mesh), use_rules(config.mesh.rules):
-    ...     params = jax.jit(model.init, out_shardings=shardings(mesh, model.logical_axes()))(key)
+    ...     params = jax.jit(model.init, out_shardings=shardings(mesh, model.logical_axes(), shapes))(key)
 """
 
 import contextlib
 import contextvars
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,9 +106,28 @@ def spec(axes: Axes) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def shardings(mesh: jax.sharding.Mesh, logical_axes: Any) -> Any:
-    """A tree of logical axes -> the same tree of `NamedSharding`."""
-    return jax.tree.map(lambda axes: NamedSharding(mesh, spec(axes)), logical_axes, is_leaf=is_axes)
+def shardings(mesh: jax.sharding.Mesh, logical_axes: Any, arrays: Any) -> Any:
+    """A tree of logical axes -> the same tree of `NamedSharding`.
+
+    Args:
+        mesh: the devices.
+        logical_axes: a tuple of names per array.
+        arrays: the tree of arrays (or their shapes); a dimension that its mesh axis does not divide stays whole.
+    """
+
+    def place(axes, array):
+        return NamedSharding(mesh, _divisible(spec(axes), array.shape, mesh.shape))
+
+    return jax.tree.map(place, logical_axes, arrays, is_leaf=is_axes)
+
+
+def _divisible(partition: PartitionSpec, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:
+    """`partition` without the entries that do not divide their dimension, such as a SwiGLU of width 3413 over two devices."""
+
+    def ways(entry: str | tuple[str, ...] | None) -> int:
+        return math.prod(mesh_shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+
+    return PartitionSpec(*(entry if size % ways(entry) == 0 else None for entry, size in zip(partition, shape, strict=True)))
 
 
 def is_axes(node: Any) -> bool:
@@ -125,6 +145,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} logical axes {axes} for an array of shape {x.shape}")
     partition = spec(axes)
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition)
+    return jax.lax.with_sharding_constraint(x, _divisible(partition, x.shape, mesh.shape))

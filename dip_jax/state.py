@@ -36,9 +36,8 @@ def state_shardings(model: Any, optimizer: optax.GradientTransformation, mesh: M
     Optimizer moments follow their parameter; scalars are replicated. With `zero1` the moments and the EMA are also split
     over the data axis, along the first dimension that it divides (ZeRO stage 1).
     """
-    axes = model.logical_axes()
-    params = sharding.shardings(mesh, axes)
     abstract = jax.eval_shape(functools.partial(create_state, model, optimizer), jax.random.key(0))
+    params = sharding.shardings(mesh, model.logical_axes(), abstract.params)
     averaged = jax.tree.map(functools.partial(_split_over_data, mesh), params, abstract.params) if zero1 else params
     replicated = NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree_map_params(

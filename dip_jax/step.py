@@ -46,9 +46,9 @@ def train_step(
     """
     key = jax.random.fold_in(key, state.step)
     image = sharding.constrain(to_float(batch["image"]), "batch", "height", "width", "channels")
-    corrupted = flow.corrupt(key, image, batch["label"], flow=objective, null_label=model.config.num_classes)
-    loss, grads = _value_and_grad(model, state.params, corrupted, objective=objective, parts=optim.accumulate)
-    grad_norm = optax.global_norm(grads)
+    corrupted = flow.corrupt(key, image, batch["label"], flow=objective, model=model.config)
+    loss, grads = _value_and_grad(model, state.params, corrupted, parts=optim.accumulate)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -62,28 +62,28 @@ def train_step(
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
-        "param_norm": optax.global_norm(params),
+        "param_norm": optax.tree.norm(params),
         "skipped": 1.0 - finite.astype(jnp.float32),
     }
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
-def _value_and_grad(model: Any, params: Params, batch: flow.Corrupted, *, objective: Flow, parts: int) -> tuple[Array, Params]:
+def _value_and_grad(model: Any, params: Params, batch: flow.Corrupted, *, parts: int) -> tuple[Array, Params]:
     """Loss and gradient of the batch; with `parts` > 1 as the mean over micro-batches run one after the other."""
 
     def loss(params, batch):
-        return flow.loss(functools.partial(model.apply, params), batch, flow=objective)
+        return flow.loss(functools.partial(model.apply, params), batch, model=model.config)
 
     if parts == 1:
         return jax.value_and_grad(loss)(params, batch)
 
-    def add(total, part):
+    def add(total, i):
+        # Strided, so that every device keeps its own examples in each micro-batch.
+        part = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:])[:, i], batch)
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, part)), None
 
-    # Strided, so that every device keeps its own examples in each micro-batch.
-    micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, zero, micro)
+    total, _ = jax.lax.scan(add, zero, jnp.arange(parts))
     return jax.tree.map(lambda a: a / parts, total)
 
 

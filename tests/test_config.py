@@ -61,7 +61,7 @@ def broken(section: str, **values) -> ConfigDict:
         ("model", {"width": 100, "num_heads": 3}, ["100", "3"]),
         ("model", {"remat": "dot"}, ["'dot'", "'dots'"]),
         ("model", {"inject_after": 27}, ["27", "26"]),
-        ("flow", {"prediction": "noise"}, ["noise", "v, x, eps"]),
+        ("model", {"prediction": "noise"}, ["noise", "v, x, eps"]),
         ("flow", {"label_dropout": 1.5}, ["1.5"]),
         ("optim", {"ema_decay": 1.0}, ["ema_decay=1.0"]),
         ("optim", {"accumulate": 3}, ["batch_size=256", "accumulate=3"]),

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from dip_jax import flow
-from dip_jax.config import Flow
+from dip_jax.config import Flow, Model
 
 SHAPE = (64, 8, 8, 3)
 
@@ -36,7 +36,7 @@ def test_every_prediction_gives_the_same_velocity_and_data(batch, kind):
     x, eps, t = batch
     x_t = flow.interpolate(x, eps, t)
     said = {"v": flow.velocity(x, eps), "x": x, "eps": eps}[kind]
-    v = flow.to_velocity(said, x_t, t, flow=Flow(prediction=kind))
+    v = flow.to_velocity(said, x_t, t, model=Model(prediction=kind))
     np.testing.assert_allclose(v, flow.velocity(x, eps), atol=2e-5)
     np.testing.assert_allclose(flow.to_data(v, x_t, t), x, atol=2e-5)
 
@@ -44,7 +44,7 @@ def test_every_prediction_gives_the_same_velocity_and_data(batch, kind):
 @pytest.mark.parametrize(("kind", "t"), [("x", 1.0), ("eps", 0.0)])
 def test_conversions_stay_finite_where_they_would_divide_by_zero(batch, kind, t):
     x, eps, _ = batch
-    v = flow.to_velocity(x, eps, jnp.full(64, t), flow=Flow(prediction=kind))
+    v = flow.to_velocity(x, eps, jnp.full(64, t), model=Model(prediction=kind))
     assert jnp.isfinite(v).all()
 
 
@@ -74,17 +74,17 @@ def test_labels_drop_to_the_null_class_at_the_given_rate():
 @pytest.mark.parametrize("kind", ["v", "x", "eps"])
 def test_loss_is_zero_for_the_truth_and_the_mean_square_of_the_velocity_otherwise(batch, kind):
     x, _, _ = batch
-    objective = Flow(prediction=kind)
-    c = flow.corrupt(jax.random.key(3), x, jnp.zeros(64, jnp.int32), flow=objective, null_label=10)
-    assert float(flow.loss(lambda x_t, t, y: c.target, c, flow=objective)) == 0
+    model = Model(prediction=kind, num_classes=10)
+    c = flow.corrupt(jax.random.key(3), x, jnp.zeros(64, jnp.int32), flow=Flow(), model=model)
+    assert float(flow.loss(lambda x_t, t, y: c.target, c, model=model)) == 0
     divisor = {"v": np.ones(64), "x": np.maximum(1 - c.t, 0.05), "eps": np.maximum(c.t, 0.05)}[kind]
-    off_by_two = float(flow.loss(lambda x_t, t, y: c.target + 2, c, flow=objective))
+    off_by_two = float(flow.loss(lambda x_t, t, y: c.target + 2, c, model=model))
     assert off_by_two == pytest.approx(np.mean((2 / divisor) ** 2), rel=1e-4)
 
 
 def test_corrupt_draws_independent_noise_times_and_drops(batch):
     x, _, _ = batch
-    c = flow.corrupt(jax.random.key(4), x, jnp.zeros(64, jnp.int32), flow=Flow(label_dropout=0.5), null_label=10)
+    c = flow.corrupt(jax.random.key(4), x, jnp.zeros(64, jnp.int32), flow=Flow(label_dropout=0.5), model=Model(num_classes=10))
     eps = (c.x_t - c.t[:, None, None, None] * x) / (1 - c.t[:, None, None, None])
     np.testing.assert_allclose(c.target, x - eps, atol=1e-3)
     per_image = np.asarray(eps.mean((1, 2, 3)))

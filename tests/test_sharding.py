@@ -49,6 +49,15 @@ def test_the_constraint_is_in_the_lowered_program():
     assert out.sharding.spec == P(("data", "fsdp"), "tensor")
 
 
+def test_what_does_not_divide_stays_whole():
+    mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
+    placed = sharding.shardings(mesh, {"w": ("embed", "mlp")}, {"w": jnp.zeros((32, 85))})
+    assert placed["w"].spec == P("fsdp", None)
+    with jax.set_mesh(mesh):
+        out = jax.jit(lambda x: sharding.constrain(x, "batch", "act_mlp"))(jnp.zeros((8, 85)))
+    assert out.shape == (8, 85)
+
+
 def test_rank_must_match():
     with pytest.raises(ValueError, match="2 logical axes"):
         sharding.constrain(jnp.zeros(3), "batch", "tokens")

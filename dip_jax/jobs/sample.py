@@ -35,7 +35,7 @@ def sample(
     model: dip.DiP,
     params: Params,
     *,
-    labels: Sequence[int],
+    labels: Sequence[int] | np.ndarray,
     seed: int = 0,
     steps: int = 100,
     guidance: float = 4.0,

@@ -277,7 +277,7 @@ class _Run:
         with self._aside():
             shown = range(min(self._config.model.num_classes, _CLASSES_SHOWN))
             labels = np.repeat(np.array(shown, np.int32), _SAMPLES_PER_CLASS)
-            options = {"options": self._config.sample, "objective": self._config.flow, "mesh": self._mesh}
+            options = {"options": self._config.sample, "mesh": self._mesh}
             batches = drawing.draw_batches(self._model, self._state.ema, labels=labels, seed=0, **options)
             images = np.concatenate([images for _, images in batches])
             if distributed.is_main():

@@ -1,0 +1,305 @@
+"""Contracts of every head and placement, on fully random parameters: zero-initialised outputs would hide the gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dip_jax import config, sharding
+from dip_jax.errors import UserError
+from dip_jax.models import layers, placement
+from dip_jax.models.detailers import HEADS
+from dip_jax.models.dip import build, from_config, init_backbone
+from dip_jax.models.patches import patchify, unpatchify
+from dip_jax.models.placement import PLACEMENTS
+
+REAL_HEADS = [head for head in HEADS if head != "none"]
+COMBINATIONS = [(head, place) for head in REAL_HEADS for place in PLACEMENTS] + [("none", "post_hoc")]
+SMALL = {
+    "depth": 2,
+    "width": 32,
+    "num_heads": 2,
+    "patch_size": 8,
+    "image_size": (16, 8),
+    "num_classes": 5,
+    "head_width": 8,
+    "head_depth": 2,
+    "dtype": "float32",
+    "remat": "none",
+    "head_remat": False,
+}
+
+
+@functools.cache
+def small(**changed):
+    return from_config(config.Model(**{**SMALL, **changed}))
+
+
+def randomise(params, seed=0):
+    """Every entry away from its initial value, zeros and ones included."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [a + 0.1 * jax.random.normal(key, a.shape) for a, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+@functools.cache
+def random_params(**changed):
+    return randomise(jax.jit(small(**changed).init)(jax.random.key(1)))
+
+
+def batch(size=2, image_size=(16, 8)):
+    x = jax.random.normal(jax.random.key(2), (size, *image_size, 3))
+    return x, jnp.linspace(0.1, 0.9, size), jnp.arange(size, dtype=jnp.int32)
+
+
+def weighted(output):
+    """A scalar in which every entry of `output` has a weight of its own."""
+    return jnp.sum(output * jax.random.normal(jax.random.key(3), output.shape))
+
+
+@functools.cache
+def run(**changed):
+    """(output, gradients) of the small model."""
+    model = small(**changed)
+
+    def value(params):
+        output = model.apply(params, *batch())
+        return weighted(output), output
+
+    (_, output), gradients = jax.jit(jax.value_and_grad(value, has_aux=True))(random_params(**_structure(changed)))
+    return output, gradients
+
+
+def _structure(changed):
+    """The fields that decide the parameters; the others must not."""
+    return {key: value for key, value in changed.items() if key in ("head", "placement")}
+
+
+def assert_same(a, b, tolerance):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        scale = max(float(jnp.abs(y).max()), 1e-6)
+        assert float(jnp.abs(x - y).max()) <= tolerance * scale, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize(("head", "place"), COMBINATIONS)
+def test_output_is_finite_and_gradient_reaches_every_parameter(head, place):
+    output, gradients = run(head=head, placement=place)
+    assert output.shape == (2, 16, 8, 3) and output.dtype == jnp.float32
+    assert np.isfinite(output).all()
+    assert np.std(output) > 0.01
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        name = jax.tree_util.keystr(path)
+        assert np.isfinite(gradient).all(), name
+        rows = gradient if name.startswith("['blocks") else gradient[None]  # each layer of a stack for itself
+        rows = rows[..., :2, :] if name.endswith("['table']") else rows  # the labels in the batch
+        assert all(np.mean(row != 0) > 0.9 for row in np.asarray(rows)), f"{name} gets no gradient"
+
+
+def head_inputs(model):
+    n = model.config.image_size[0] * model.config.image_size[1] // model.config.patch_size**2
+    p = jax.random.normal(jax.random.key(4), (2, n, model.config.patch_size, model.config.patch_size, 3))
+    s = jax.random.normal(jax.random.key(5), (2, n, model.config.width))
+    return p, s, jax.random.normal(jax.random.key(6), (2, model.config.width))
+
+
+@pytest.mark.parametrize("head", REAL_HEADS)
+def test_mapped_head_is_the_head_of_one_patch(head):
+    model = small(head=head).config
+    params = {"params": random_params(head=head)["head"]}
+    p, s, t_emb = head_inputs(small(head=head))
+    mapped = jax.jit(placement.map_head(model, name=None).apply)(params, p, s, t_emb)
+    one = jax.jit(HEADS[head](model).apply)
+    for b, n in [(0, 0), (1, 1)]:
+        np.testing.assert_allclose(one(params, p[b, n], s[b, n], t_emb[b]), mapped[b, n], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", REAL_HEADS)
+def test_output_patch_depends_on_its_own_pixels_alone(head):
+    """With a patch embedding that ignores pixels, the backbone's features are fixed; what is left is the head's own reading."""
+    model, params = small(head=head), random_params(head=head)
+    blind = {**params, "patch_embed": jax.tree.map(jnp.zeros_like, params["patch_embed"])}
+    x, t, y = batch()
+
+    def touched(weights):
+        def patch_sum(pixels):
+            return weighted(patchify(model.apply(weights, pixels, t, y), 8)[0, 1])
+
+        return np.abs(patchify(jax.jit(jax.grad(patch_sum))(x), 8)).max((2, 3, 4)) > 0
+
+    assert touched(blind).tolist() == [[False, True], [False, False]]
+    assert touched(params).tolist() == [[True, True], [False, False]]  # the features do reach across patches
+
+
+@pytest.mark.parametrize("place", PLACEMENTS)
+def test_scan_is_the_loop(place):
+    scanned, looped = run(head="mlp", placement=place), run(head="mlp", placement=place, scan_layers=False)
+    assert_same(scanned, looped, 1e-5)
+
+
+def test_unrolled_layers_leave_no_loop():
+    x, t, y = batch()
+    text = {
+        scan: jax.jit(small(head="mlp", depth=3, scan_layers=scan).apply)
+        .lower(jax.eval_shape(small(head="mlp", depth=3).init, jax.random.key(0)), x, t, y)
+        .as_text()
+        for scan in (True, False)
+    }
+    assert "stablehlo.while" in text[True]
+    assert "stablehlo.while" not in text[False]
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_rematerialisation_changes_memory_and_nothing_else(scan):
+    kept = run(head="unet", scan_layers=scan)
+    for remat in ("dots", "full"):
+        assert_same(run(head="unet", scan_layers=scan, remat=remat, head_remat=True), kept, 1e-5)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_rematerialisation_is_really_on(scan):
+    """The compiled backward pass multiplies more matrices with "full" than without, and no more with "dots"."""
+
+    def products(**changed):
+        model = small(head="mlp", depth=3, scan_layers=scan, **changed)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        gradient = jax.jit(jax.grad(lambda p: weighted(model.apply(p, *batch()))))
+        return gradient.lower(params).as_text().count("stablehlo.dot_general")
+
+    none, dots, full = (products(remat=remat) for remat in ("none", "dots", "full"))
+    assert full > none
+    assert none <= dots < full
+    assert products(remat="none", head_remat=True) > none
+
+
+@pytest.mark.parametrize(("head", "place"), [*((head, "post_hoc") for head in HEADS), ("unet", "hybrid")])
+def test_bfloat16_stays_close_to_float32(head, place):
+    """Bound: 4 % of the output's norm; measured 0.5 to 1.5 %."""
+    exact, _ = run(head=head, placement=place)
+    model = small(head=head, placement=place, dtype="bfloat16")
+    rough = jax.jit(model.apply)(random_params(head=head, placement=place), *batch())
+    error = np.linalg.norm(rough - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 0.04
+
+
+@pytest.mark.parametrize(("head", "place"), [("unet", "post_hoc"), ("coord_mlp", "post_hoc"), ("attention", "hybrid")])
+def test_eight_devices_compute_what_one_does(head, place):
+    model, params = small(head=head, placement=place), random_params(head=head, placement=place)
+    x, t, y = batch(8)
+
+    def value(params, x, t, y):
+        return weighted(model.apply(params, x, t, y))
+
+    alone = jax.jit(jax.value_and_grad(value))(params, x, t, y)
+    mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding.shardings(mesh, model.logical_axes(), params))
+        split = jax.tree.map(
+            lambda a: jax.device_put(a, sharding.shardings(mesh, ("batch",) + (None,) * (a.ndim - 1), a)), (x, t, y)
+        )
+        step = jax.jit(jax.value_and_grad(value))
+        text = step.lower(placed, *split).as_text()
+        together = step(placed, *split)
+    assert "@Sharding" in text or "sdy.sharding_constraint" in text
+    assert_same(together, alone, 2e-5)
+
+
+def test_conditions_matter_and_labels_beyond_the_null_class_are_loud():
+    model, params = small(head="mlp"), random_params(head="mlp")
+    x, t, y = batch()
+    apply = jax.jit(model.apply)
+    base = apply(params, x, t, y)
+    assert np.abs(apply(params, x, t + 0.05, y) - base).max() > 1e-3
+    assert np.abs(apply(params, x, t, jnp.full_like(y, 5)) - base).max() > 1e-3
+    assert np.isnan(apply(params, x, t, jnp.full_like(y, 6))).all()
+
+
+@pytest.mark.parametrize(("head", "place"), COMBINATIONS)
+def test_first_prediction_is_zero(head, place):
+    model = small(head=head, placement=place)
+    params = jax.jit(model.init)(jax.random.key(0))
+    assert not np.any(jax.jit(model.apply)(params, *batch()))
+
+
+def test_initial_values_follow_the_recipe():
+    model = small(width=64, num_heads=4, head="mlp", num_classes=999)
+    params = jax.jit(model.init)(jax.random.key(0))
+    table = params["condition"]["label"]["table"]
+    assert 0.0195 < np.std(table) < 0.0205 and table.shape == (1000, 64)
+    embed = params["patch_embed"]["linear"]
+    bound = np.sqrt(6 / (192 + 64))
+    assert 0.99 * bound < np.abs(embed["kernel"]).max() <= bound and not embed["bias"].any()
+    modulation = params["blocks"]["modulation"]
+    assert 0.99 / 8 < np.abs(modulation["kernel"]).max() <= 1 / 8  # 1 / sqrt(64): adaLN does not start at zero
+    assert 0.9 / 8 < np.abs(modulation["bias"]).max() <= 1 / 8
+    assert np.abs(params["blocks"]["mlp"]["down"]["kernel"][0] - params["blocks"]["mlp"]["down"]["kernel"][1]).max() > 0.01
+
+
+def test_time_is_read_unscaled_and_rope_spans_sixteen():
+    features = layers.time_features(jnp.array([0.0, 1.0]))
+    np.testing.assert_allclose(features[0], np.repeat([1.0, 0.0], 128), atol=1e-7)
+    frequencies = 10.0 ** (-np.arange(128) / 128)
+    np.testing.assert_allclose(features[1], np.concatenate([np.cos(frequencies), np.sin(frequencies)]), atol=1e-6)
+    for grid in [(4, 4), (2, 8)]:
+        cos, sin = layers.rope_table(grid, 8)  # pairs: x and y at frequency 1, x and y at frequency 1/100
+        angles = np.arctan2(sin[-1, 0], cos[-1, 0])
+        np.testing.assert_allclose(np.exp(1j * angles), np.exp(1j * np.array([16, 16, 0.16, 0.16])), atol=1e-5)
+
+
+@settings(deadline=None, max_examples=20)
+@given(h=st.integers(1, 3), w=st.integers(1, 3), p=st.sampled_from([1, 2, 4]))
+def test_unpatchify_undoes_patchify(h, w, p):
+    images = jnp.arange(2 * h * p * w * p * 3, dtype=jnp.float32).reshape(2, h * p, w * p, 3)
+    patches = patchify(images, p)
+    assert patches.shape == (2, h * w, p, p, 3)
+    np.testing.assert_array_equal(patches[1, -1], images[1, -p:, -p:])
+    np.testing.assert_array_equal(unpatchify(patches, (h * p, w * p)), images)
+
+
+@pytest.mark.parametrize("place", PLACEMENTS)
+def test_backbone_starts_from_a_dit_only_checkpoint(place):
+    backbone = random_params(head="none")
+    params = random_params(head="unet", placement=place)
+    started = init_backbone(params, backbone)
+    assert jax.tree.map(jnp.shape, started) == jax.tree.map(jnp.shape, params)
+    stacks = [started[name]["mlp"]["down"]["kernel"] for name in ("blocks", "blocks_after") if name in started]
+    np.testing.assert_array_equal(jnp.concatenate(stacks), backbone["blocks"]["mlp"]["down"]["kernel"])
+    np.testing.assert_array_equal(started["condition"]["label"]["table"], backbone["condition"]["label"]["table"])
+    kept = [name for name in params if "head" in name or name == "inject"]
+    assert kept and all(started[name] is params[name] for name in kept)
+    if place == "intermediate":
+        assert started["final"] is backbone["final"]
+
+
+def test_backbone_of_another_size_is_refused():
+    with pytest.raises(UserError, match=r"do not fit this model: .*blocks.* instead of"):
+        init_backbone(random_params(head="unet"), jax.eval_shape(small(head="none", depth=3).init, jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"head": "unett"}, "unknown: it is one of unet, mlp"),
+        ({"placement": "posthoc"}, "unknown: it is one of post_hoc"),
+        ({"head": "none", "placement": "hybrid"}, "has no head to place"),
+        ({"head_depth": 5}, r"model.patch_size=16 is not a multiple of 32"),
+        ({"name": "DiP-XL"}, "not DiP-SIZE/PATCH"),
+        ({"name": "DiP-XXL/16"}, "unknown: it is one of tiny, S"),
+        ({"head_widht": 3}, "unknown model fields head_widht"),
+        ({"head": "attention", "head_width": 100}, "multiple of 64"),
+        ({"image_size": 250}, "not a multiple of model.patch_size"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_in_one_line(mistake, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build(**mistake)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(UserError, match=r"do not fit: model.image_size=\(16, 8\)"):
+        small(head="mlp").apply(random_params(head="mlp"), *batch(image_size=(8, 16)))
