@@ -91,7 +91,6 @@ MISTAKES = {
         lambda v: {k: x for k, x in v.items() if not k.startswith("blocks.0.")},
         "which tells the sizes, is missing",
     ),
-    "scalar": (lambda v: _changed(v, W2, lambda a: a[0, 0].reshape(())), rf"{W2}: \[\] instead of"),
 }
 
 

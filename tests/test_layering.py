@@ -31,6 +31,7 @@ FLOORS = {
     "models.detailers": 3,
     "step": 3,
     "models.placement": 4,
+    "cost": 4,
     "models.dip": 5,
     "checkpoint": 6,
     "drawing": 6,

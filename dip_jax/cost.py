@@ -1,0 +1,106 @@
+"""What a model costs: multiply-adds of the forward pass, counted by hand, and the activations that the backward pass reads.
+
+XLA's own count takes a scanned block once, so MFU is computed from this one. FLOPs are 2 per multiply-add, matrix products and
+convolutions only; the U-Net is counted as it runs (folded, `models/folding.py`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dip_jax import config
+from dip_jax.models.detailers import unet_depth
+from dip_jax.models.folding import DENSE_SIDE
+
+
+def forward_flops(model: config.Model) -> dict[str, int]:
+    """FLOPs of one forward pass of one image, by part (condition, patch_embed, blocks, inject, inject_head, head, final)."""
+    d, p = model.width, model.patch_size
+    n = model.image_size[0] * model.image_size[1] // p**2
+    inner = int(2 * int(4 * d) / 3)
+    layer = n * (4 * d * d + 3 * d * inner) + 2 * n * n * d + 6 * d * d
+    injected = model.placement in ("intermediate", "hybrid")
+    head = HEAD_PRODUCTS[model.head](model, n)
+    products = {
+        "condition": 256 * d + d * d,
+        "patch_embed": n * 3 * p * p * d,
+        "blocks": model.depth * layer,
+        "inject": n * 3 * p * p * d if injected else 0,
+        "inject_head": head if injected else 0,
+        "head": 0 if model.placement == "intermediate" else head,
+        "final": n * d * 3 * p * p + 2 * d * d if model.head == "none" or model.placement == "intermediate" else 0,
+    }
+    return {part: 2 * count for part, count in products.items()}
+
+
+def _convolution(side: int, fan_in: int, features: int) -> int:
+    """3x3 on a map of this side; dense products on the smallest maps."""
+    return side**4 * fan_in * features if side <= DENSE_SIDE else 9 * side * side * fan_in * features
+
+
+def _unet(model: config.Model, patches: int) -> int:
+    depth, base, p = unet_depth(model), model.head_width or 64, model.patch_size
+    widths, count, fan_in = [base * 2**i for i in range(depth)], 0, 3
+    for i, width in enumerate(widths):
+        count += _convolution(p // 2**i, fan_in, width)
+        fan_in = width
+    count += (p // 2**depth) ** 2 * widths[-1] ** 2 + model.width * widths[-1]
+    for i, width in enumerate(widths):
+        side, features = p // 2**i, widths[max(i - 1, 0)]
+        low = side // 2
+        if model.head_upsample == "bilinear":
+            count += _convolution(side, width, features)
+        else:
+            count += (low * low * side * side if low <= DENSE_SIDE else 16 * low * low) * width * features
+        count += _convolution(side, width, features)
+    return patches * (count + p * p * base * 3)
+
+
+def _mlp(model: config.Model, patches: int) -> int:
+    pixels = 3 * model.patch_size**2
+    width = model.head_width or model.width + pixels
+    hidden = (model.head_depth or 1) - 1
+    return patches * ((model.width + pixels) * width + hidden * width * width + width * pixels)
+
+
+def _coordinate_mlp(model: config.Model, patches: int) -> int:
+    w, area = model.head_width or 64, model.patch_size**2
+    block = model.width * 4 * w * w + area * 4 * w * w
+    return patches * ((model.head_depth or 4) * block + area * w * (3 + 64 + 3))
+
+
+def _attention(model: config.Model, patches: int) -> int:
+    w, d, area = model.head_width or 64, model.width, model.patch_size**2
+    block = 6 * d * w + area * (4 * w * w + 3 * w * int(8 * w / 3)) + 2 * area * area * w
+    patch = 3 * area * d + (model.head_depth or 2) * block + 2 * d * w + area * w * (6 + 3)
+    return patches * patch + 2 * d * d
+
+
+# Multiply-adds of a head over all patches of one image; a row for every row of `models.detailers.HEADS`.
+HEAD_PRODUCTS: dict[str, Callable[[config.Model, int], int]] = {
+    "unet": _unet,
+    "mlp": _mlp,
+    "coord_mlp": _coordinate_mlp,
+    "attention": _attention,
+    "none": lambda model, patches: 0,
+}
+
+
+def activation_bytes_per_image(model: Any) -> int:
+    """Bytes that the forward pass keeps for the backward pass, per image, under the model's rematerialisation.
+
+    Exact for what JAX saves (abstract tracing of two batch sizes; what does not grow with the batch is parameters); what XLA
+    needs while it computes one block comes on top.
+    """
+    params = jax.eval_shape(model.init, jax.random.key(0))
+
+    def saved(batch: int) -> int:
+        h, w = model.config.image_size
+        x, t = jax.ShapeDtypeStruct((batch, h, w, 3), jnp.float32), jax.ShapeDtypeStruct((batch,), jnp.float32)
+        y = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        residuals = jax.eval_shape(lambda p, *rest: jax.vjp(lambda q: model.apply(q, *rest), p)[1], params, x, t, y)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
+
+    return saved(3) - saved(2)
