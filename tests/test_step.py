@@ -129,7 +129,7 @@ def test_the_mesh_does_not_change_the_run(sizes):
     np.testing.assert_allclose([m["loss"] for m in others], [m["loss"] for m in losses], rtol=1e-5)
     # On average: where a gradient is all rounding, Adam turns it into a whole step.
     for a, b in zip(jax.tree.leaves(spread.ema), jax.tree.leaves(alone.ema), strict=True):
-        assert np.abs(np.asarray(a) - np.asarray(b)).mean() < 5e-5
+        assert np.abs(np.asarray(a) - np.asarray(b)).mean() < 1e-4
 
 
 def test_parameters_are_born_sharded_and_equal_on_every_mesh():
