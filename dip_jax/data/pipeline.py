@@ -19,6 +19,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from absl import flags
 from grain.experimental import index_shuffle
 from jax.sharding import NamedSharding
 
@@ -247,6 +248,8 @@ def host_batches(
     read = grain.ReadOptions(num_threads=data.num_threads, prefetch_buffer_size=ahead)
     stream = grain.MapDataset.source(source).to_iter_dataset(read)
     if data.num_workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags; a notebook parses none
         options = grain.MultiprocessingOptions(
             num_workers=data.num_workers, per_worker_buffer_size=max(2, data.prefetch * per_batch // data.num_workers)
         )

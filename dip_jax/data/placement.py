@@ -1,5 +1,6 @@
 """Host batches -> global arrays on the devices, ahead of the step."""
 
+import weakref
 from collections.abc import Iterator
 
 import grain
@@ -38,6 +39,7 @@ class Batches(Iterator[dict[str, jax.Array]]):
         self._layout, self._batch_size = layout, batch_size
         self._slot = {row: slot for slot, row in enumerate(local_rows(layout, batch_size))}
         self._iterator = iter(ThreadPrefetchIterDataset(host.map(self._place), prefetch_buffer_size=prefetch))
+        self._close = weakref.finalize(self, self._iterator.close)  # also at exit, while Grain can still do it
 
     def _place(self, batch: dict[str, np.ndarray]) -> tuple[dict[str, jax.Array], int]:
         return {key: self._put(batch[key]) for key in ("image", "label")}, int(batch["replaced"].sum())
@@ -56,4 +58,4 @@ class Batches(Iterator[dict[str, jax.Array]]):
 
     def close(self) -> None:
         """Ends the threads and workers; the iterator is of no use afterwards."""
-        self._iterator.close()
+        self._close()
