@@ -20,7 +20,7 @@ from dip_jax.errors import UserError
 MANIFEST = "MANIFEST.sha256"
 ROOT = "checkpoints"  # inside a workdir
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is being written
-_LATE = ("commit_success.txt", "_CHECKPOINT_METADATA")  # Orbax writes these after the manifest; no restore reads them
+LATE = ("commit_success.txt", "_CHECKPOINT_METADATA")  # Orbax writes these after the manifest; no restore reads them
 _CHUNK = 2**22
 
 
@@ -132,7 +132,7 @@ def write_manifest(path: epath.Path) -> None:
 
 def _digests(path: epath.Path) -> dict[str, str]:
     """SHA-256 of every file below, by relative name; in parallel."""
-    names = [name for name in _files(path) if name not in (MANIFEST, *_LATE)]
+    names = [name for name in _files(path) if name not in (MANIFEST, *LATE)]
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(lambda name: _sha256(path / name), names), strict=True))
 

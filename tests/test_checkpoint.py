@@ -118,7 +118,7 @@ def test_harm_to_any_file_is_seen_and_put_aside(tmp_path_factory, pristine, trai
     workdir = tmp_path_factory.mktemp("harmed") / "w"
     subprocess.run(["cp", "-r", str(pristine), str(workdir)], check=True)
     rng = random.Random(seed)
-    files = [f for f in harness.files_of(workdir / "checkpoints" / "4") if f.stat().st_size and f.name not in steps._LATE]
+    files = [f for f in harness.files_of(workdir / "checkpoints" / "4") if f.stat().st_size and f.name not in steps.LATE]
     victim = rng.choice(files)
     harness.HARMS[harm](victim, rng)
     lines = []

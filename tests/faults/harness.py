@@ -77,6 +77,10 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    def pause(self, seconds: float) -> None:
+        """Lets it live for so long."""
+        time.sleep(seconds)
+
     @property
     def log(self) -> str:
         """What it has printed so far."""

@@ -3,6 +3,7 @@
 import os
 import time
 
+import jax
 import jax.numpy as jnp
 
 from dip_jax import step
@@ -96,3 +97,24 @@ def slow_delete() -> None:
         original(*args, **kwargs)
 
     os.unlink = unlink
+
+
+def nan_parameter() -> None:
+    """At update 6 of the first order of the data, one parameter in memory becomes NaN, as by a failing chip."""
+    original = step.compile_train_step
+    harmed = []
+
+    def compile_train_step(*args, **kwargs):
+        inner = original(*args, **kwargs)
+
+        def train_step(state, batch, key):
+            state, metrics = inner(state, batch, key)
+            if not harmed and int(state.step) == 6:
+                harmed.append(True)
+                params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan, device=leaf.sharding), state.params)
+                state = state.replace(params=params)
+            return state, metrics
+
+        return train_step
+
+    step.compile_train_step = compile_train_step

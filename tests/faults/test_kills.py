@@ -1,0 +1,81 @@
+"""SIGKILL at random moments: no step beyond the last complete save is lost, and the curve is that of the unharmed run."""
+
+import pathlib
+import random
+import signal
+
+import pytest
+
+from dip_jax.errors import Exit
+from faults import harness
+
+STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    with harness.Nursery(tmp_path_factory.mktemp("logs")) as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return harness.tiny_config(harness.make_dataset(tmp_path_factory.mktemp("data") / "set"), train__steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def reference(nursery, config, tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+    code, log = nursery.run(config, workdir)
+    assert code == Exit.DONE, log
+    return workdir
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(4, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.campaign)], ids=str
+)
+def test_kills_at_random_moments(nursery, config, reference, tmp_path, kills):
+    rng = random.Random(0)
+    done = runs = 0
+    while done < kills:
+        workdir, runs = tmp_path / f"run{runs}", runs + 1
+        code = None
+        while code != Exit.DONE:
+            before = harness.steps_of(workdir)
+            child = nursery.start(config, workdir)
+            if done < kills:
+                if rng.random() < 0.8:  # while it trains and saves
+                    child.wait_for(lambda child=child: "step " in child.log.replace("from step", ""))
+                child.pause(rng.uniform(0, 0.8))
+                child.send(signal.SIGKILL)
+            code = child.wait()
+            assert code in (Exit.DONE, -signal.SIGKILL), child.log
+            done += code == -signal.SIGKILL
+            if before and "going on" in child.log:
+                assert f"going on from step {before[-1]} " in child.log, "a complete save was lost"
+            assert "damaged" not in child.log
+        harness.check_curve(workdir, reference)
+    print(f"{done} kills in {runs} runs: every curve equals the reference")
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(2, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.campaign)], ids=str
+)
+def test_kills_while_old_steps_are_deleted(nursery, config, reference, tmp_path, kills):
+    rng = random.Random(1)
+    config = harness.tiny_config(pathlib.Path(config.data.path), train__steps=STEPS, checkpoint__keep_last=1)
+    workdir, done = tmp_path / "run", 0
+    root = workdir / "checkpoints"
+    while done < kills:
+        child = nursery.start(config, workdir, fault="slow_delete")
+        child.wait_for(lambda child=child: (root / "todelete").exists() and "step " in child.log.replace("from step", ""))
+        child.pause(rng.uniform(0, 0.3))
+        child.send(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL, child.log
+        assert "damaged" not in child.log
+        done += (root / "todelete").exists()
+        assert harness.steps_of(workdir), "the only good step was deleted"
+    code, log = nursery.run(config, workdir)
+    assert code == Exit.DONE, log
+    harness.check_curve(workdir, reference)
+    print(f"{done} kills in the middle of a deletion: the curve equals the reference")
