@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dip_jax.errors import UserError
-from dip_jax.metrics import lite0
+from dip_jax.metrics import inception, lite0
 from dip_jax.metrics.image_sets import ImageSet
 from dip_jax.metrics.statistics import Gaussian, Moments
 
@@ -50,7 +50,18 @@ def _open_lite0(weights: str) -> Network:
     return Network("lite0", "_lite0", lite0.digest(), apply, describe, {"pool": lite0.DIMENSION})
 
 
-NETWORKS: dict[str, Callable[[str], Network]] = {"lite0": _open_lite0}
+def _open_inception(weights: str) -> Network:
+    def describe(height: int, width: int) -> str:
+        size = inception.SIZE
+        resized = f"{size}x{size}" if (height, width) == (size, size) else f"{size}x{size} by {inception.RESIZE}"
+        return f"{resized}, (v - 128) / 128"
+
+    params = inception.load(weights)
+    apply = functools.partial(inception.features, params)
+    return Network("inception", "", inception.digest(weights), apply, describe, inception.DIMENSIONS)
+
+
+NETWORKS: dict[str, Callable[[str], Network]] = {"inception": _open_inception, "lite0": _open_lite0}
 
 
 @functools.lru_cache(maxsize=2)
