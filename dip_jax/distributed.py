@@ -18,6 +18,7 @@ from dip_jax.errors import UserError
 
 T = TypeVar("T")
 TIMEOUT_SECONDS = 60  # to find the coordinator; JAX alone waits five minutes
+HEARTBEAT_SECONDS = 30  # without a sign of life of a peer, a process ends, so that the launcher can restart all
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -39,7 +40,13 @@ def start() -> None:
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
         raise UserError(f"JAX_PROCESS_ID={index} must be a number from 0 to JAX_NUM_PROCESSES={count} - 1")
     try:
-        jax.distributed.initialize(address, int(count), int(index), initialization_timeout=TIMEOUT_SECONDS)
+        jax.distributed.initialize(
+            address,
+            int(count),
+            int(index),
+            initialization_timeout=TIMEOUT_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"process {index} of {count} cannot join the run at {address}: {reason}") from error

@@ -3,6 +3,9 @@
 A step is `ROOT/NUMBER/` with `MANIFEST.sha256`, one line `DIGEST  NAME` per file as `sha256sum --check` reads it. Any file
 missing, extra or changed is damage. A damaged step is moved to `ROOT/damaged/`, never deleted; a step that the keep policy
 drops goes through `ROOT/todelete/`, so that a half-deleted one is never offered.
+
+A bucket cannot rename. There a step is written in place and counts once its commit marker exists; it is withdrawn by deleting
+the marker first, and moved by copying first.
 """
 
 import concurrent.futures
@@ -20,7 +23,9 @@ from dip_jax.errors import UserError
 MANIFEST = "MANIFEST.sha256"
 ROOT = "checkpoints"  # inside a workdir
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is being written
-LATE = ("commit_success.txt", "_CHECKPOINT_METADATA")  # Orbax writes these after the manifest; no restore reads them
+COMMIT = "commit_success.txt"  # the marker, by Orbax
+LATE = (COMMIT, "_CHECKPOINT_METADATA")  # Orbax writes these after the manifest; no restore reads them
+_NUMBER = re.compile(r"0|[1-9]\d*")
 _CHUNK = 2**22
 
 
@@ -28,7 +33,11 @@ def complete(root: epath.Path) -> list[int]:
     """Numbers of the steps under `root`, oldest first; not yet verified."""
     if not root.is_dir():
         return []
-    return sorted(int(path.name) for path in root.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name))
+    return sorted(int(path.name) for path in root.iterdir() if _NUMBER.fullmatch(path.name) and _committed(path))
+
+
+def _committed(path: epath.Path) -> bool:
+    return guard.is_local(path) or (path / COMMIT).exists()
 
 
 def newest(root: epath.Path, *, verify: bool, on_damage: Callable[[int, str], None]) -> int | None:
@@ -44,11 +53,28 @@ def newest(root: epath.Path, *, verify: bool, on_damage: Callable[[int, str], No
 def set_aside(root: epath.Path, step: int) -> epath.Path:
     """Moves a damaged step to `root/damaged/`, where nothing looks for steps, and returns its new place."""
     aside = root / "damaged"
-    aside.mkdir(exist_ok=True)
+    aside.mkdir(parents=True, exist_ok=True)
     names = (f"{step}{suffix}" for suffix in itertools.chain([""], (f".{n}" for n in itertools.count(2))))
     target = aside / next(name for name in names if not (aside / name).exists())
-    (root / str(step)).rename(target)
+    if guard.is_local(root):
+        (root / str(step)).rename(target)
+        return target
+    for name in _files(root / str(step)):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / str(step) / name).copy(target / name)
+    _delete(root, step)
     return target
+
+
+def _delete(root: epath.Path, step: int) -> None:
+    """Removes a step so that no half of it is ever offered, whenever this is cut short."""
+    path = root / str(step)
+    if guard.is_local(root):
+        (root / "todelete").mkdir(exist_ok=True)
+        path.rename(root / "todelete" / str(step))
+    else:
+        (path / COMMIT).unlink(missing_ok=True)
+        path.rmtree()
 
 
 def all_damaged(root: epath.Path) -> bool:
@@ -62,15 +88,15 @@ def prune(root: epath.Path, *, keep_last: int, keep_every: int) -> None:
     keep = {*steps[-keep_last:], *(step for step in steps if keep_every and step % keep_every == 0)}
     for step in steps:
         if step not in keep:
-            (root / "todelete").mkdir(exist_ok=True)
-            (root / str(step)).rename(root / "todelete" / str(step))
+            _delete(root, step)
     clean(root, unfinished=False)
 
 
 def clean(root: epath.Path, *, unfinished: bool = True) -> None:
     """Removes half-done deletions and, with `unfinished`, half-written steps of a run that was killed."""
     for path in root.iterdir():
-        if path.name == "todelete" or (unfinished and UNFINISHED in path.name):
+        half_written = UNFINISHED in path.name or (_NUMBER.fullmatch(path.name) and not _committed(path))
+        if path.name == "todelete" or (unfinished and half_written):
             path.rmtree()
 
 

@@ -138,17 +138,27 @@ class Nursery:
         request |= {"options": options, "environment": dict(environment or {})}
         return Child(self, self.ask(request)["pid"], log)
 
-    def start_several(self, count: int, config: Config, workdir: pathlib.Path, *, devices: int = 1, **options: object):
-        """Starts a run of `count` processes with `devices` each; returns its children, process 0 first."""
+    def start_several(
+        self,
+        count: int,
+        config: Config,
+        workdir: pathlib.Path,
+        *,
+        devices: int = 1,
+        others: Config | None = None,
+        **options: object,
+    ) -> list[Child]:
+        """Starts a run of `count` processes with `devices` each, process 0 first; `others` is the config of the others."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
         common |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        return [
-            self.start(config, workdir, environment=common | {"JAX_PROCESS_ID": str(index)}, **options)
-            for index in range(count)
-        ]
+        children = []
+        for index in range(count):
+            mine = others if others and index else config
+            children.append(self.start(mine, workdir, environment=common | {"JAX_PROCESS_ID": str(index)}, **options))
+        return children
 
     def run(self, config: Config, workdir: pathlib.Path, **options: object) -> tuple[int, str]:
         """Exit code and log of a whole run."""

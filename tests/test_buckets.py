@@ -1,0 +1,113 @@
+"""What lives in a bucket: lock, manifest, commit, table, on an in-memory store that cannot rename or append."""
+
+import importlib
+
+import fsspec
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from dip_jax import guard, steps, writers
+from dip_jax.errors import UserError
+
+
+class Store(MemoryFileSystem):
+    """An object store: whole objects in, whole objects out."""
+
+    protocol = ("gs",)
+    store: dict = {}  # noqa: RUF012 (fsspec's own way)
+    pseudo_dirs = [""]  # noqa: RUF012
+    cachable = False
+
+    def mv(self, *args, **kwargs):
+        raise AssertionError("a bucket cannot rename")
+
+    move = rename = mv
+
+    def _open(self, path, mode="rb", **kwargs):
+        assert "a" not in mode, "a bucket cannot append"
+        return super()._open(path, mode, **kwargs)
+
+
+@pytest.fixture
+def root(monkeypatch):
+    backend = importlib.import_module("etils.epath.backend")
+    gpath = importlib.import_module("etils.epath.gpath")
+    Store.store.clear()
+    fsspec.register_implementation("gs", Store, clobber=True)
+    own = backend._FileSystemSpecBackend()
+    monkeypatch.setattr(own, "_get_filesystem", lambda *args: Store())
+    monkeypatch.setattr(gpath.PosixGPath, "_backend", own)
+    return epath.Path("gs://bucket/run/checkpoints")
+
+
+def write_step(root, number, *, committed=True):
+    for name in ("state/data", "ema/data", "config/metadata"):
+        (root / str(number) / name).write_text(f"{number} {name}")
+    steps.write_manifest(root / str(number))
+    if committed:
+        (root / str(number) / steps.COMMIT).write_text("")
+
+
+def test_a_step_counts_once_it_is_committed(root):
+    write_step(root, 2)
+    write_step(root, 4, committed=False)
+    assert steps.complete(root) == [2]
+    assert steps.damage(root / "2") is None
+    steps.clean(root)
+    assert not (root / "4").exists()
+    assert steps.complete(root) == [2]
+
+
+def test_damage_is_copied_aside(root):
+    write_step(root, 2)
+    write_step(root, 4)
+    (root / "4" / "ema" / "data").write_text("flipped")
+    assert "ema/data is not what was written" in steps.damage(root / "4")
+    found = []
+    assert steps.newest(root, verify=True, on_damage=lambda step, fault: found.append(steps.set_aside(root, step))) == 2
+    assert [path.name for path in found] == ["4"]
+    assert (root / "damaged" / "4" / "ema" / "data").read_text() == "flipped"
+    assert steps.complete(root) == [2]
+
+
+def test_old_steps_are_withdrawn_before_they_are_deleted(root, monkeypatch):
+    for number in (1, 2, 3):
+        write_step(root, number)
+    seen = []
+    original = Store.rm
+
+    def rm(self, path, recursive=False, maxdepth=None):
+        if recursive:
+            seen.append(steps.complete(root))
+        return original(self, path, recursive=recursive, maxdepth=maxdepth)
+
+    monkeypatch.setattr(Store, "rm", rm)
+    steps.prune(root, keep_last=1, keep_every=2)
+    assert steps.complete(root) == [2, 3]
+    assert all(1 not in complete for complete in seen)
+
+
+def test_tables_grow_without_append(root):
+    for resume, numbers in ((0, (1, 2, 3)), (2, (3, 4))):
+        table = writers.Table(root / "metrics", resume_step=resume)
+        for number in numbers:
+            table.add({"step": number, "loss": 1 / number})
+    assert [row["step"] for row in writers.read_rows(root / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert len((root / "metrics.csv").read_text().splitlines()) == 5
+
+
+def test_a_renewed_lock_is_refused_and_a_dead_one_taken_over(root, monkeypatch):
+    monkeypatch.setattr(guard._Lease, "RENEW", 0.05)
+    monkeypatch.setattr(guard._Lease, "FREE", 0.5)
+    holder = guard.Lock(root)
+    holder.acquire()
+    with pytest.raises(UserError, match="in use by process"):
+        guard.Lock(root).acquire()
+    holder._lease._ended.set()  # the holder dies without a word
+    heir = guard.Lock(root)
+    heir.acquire()
+    heir.release()
+    again = guard.Lock(root)
+    again.acquire()
+    again.release()
