@@ -1,6 +1,7 @@
 """Datasets that are opened, records that are bad, batches that land on devices."""
 
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -52,6 +53,8 @@ def test_no_dataset_says_how_to_make_one(tmp_path):
         pipeline.open_dataset(tmp_path / "nothing", source="photo_crops")
     with pytest.raises(UserError, match=r"prepare --source=folder --from=DIR --image_size=N --out="):
         pipeline.open_dataset("")
+    with pytest.raises(UserError, match="mount the bucket"):
+        pipeline.open_dataset("gs://bucket/data")
 
 
 def test_the_train_split_is_opened(tmp_path):
@@ -227,6 +230,22 @@ def test_workers_die_with_a_killed_parent(dataset, tmp_path):
     while any(map(runs, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(runs, workers))
+
+
+def test_signals_meant_for_the_trainer_leave_its_workers_reading(dataset):
+    data = config.Data(batch_size=4, num_workers=2, num_threads=1)
+    stream = iter(pipeline.host_batches(dataset, data, rows=range(4), seed=0))
+    next(stream)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+    for step in range(1, 20):
+        found = [number_of(image) for image in next(stream)["image"]]
+        assert found == pipeline.batch_indices(COUNT, batch_size=4, seed=0, step=step).tolist()
+    stream.close()
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def children(pid: int, task: str) -> list[str]:

@@ -216,6 +216,7 @@ def _join(chunks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def _start_worker(index: int, count: int) -> None:
     del index, count  # Grain passes them
     workers.die_with_parent()
+    workers.ignore_signals()
 
 
 def host_batches(

@@ -98,6 +98,8 @@ def find_dataset(path: str | os.PathLike, *, source: str = "folder") -> pathlib.
     Raises:
         UserError: if there is none, with the command that makes one from `source`.
     """
+    if "://" in os.fspath(path):
+        raise UserError(f"{os.fspath(path)} is no directory: ArrayRecord reads files; mount the bucket (gcsfuse) or copy it")
     folder = pathlib.Path(path).expanduser().absolute() if os.fspath(path) else None
     for candidate in (folder, folder / "train") if folder else ():
         if (candidate / DATASET_FILE).is_file():

@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 
 
@@ -19,3 +20,12 @@ def die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+
+
+def ignore_signals() -> None:
+    """Leaves Ctrl-C and a scheduler's warning to the parent, which saves and then ends this worker.
+
+    Both reach every process of a terminal or of a job; a reader that died of one would fail the step before the save.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
