@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dip_jax: unknown command {command!r}: it is one of {', '.join(COMMANDS)}", file=sys.stderr)
         return Exit.USER_ERROR
     flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's global flags
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # what a user must know we say ourselves, in one line
     try:
         _run(command, argv[1:])
     except Interrupted as stop:

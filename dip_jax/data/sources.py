@@ -3,9 +3,11 @@
 A source opens as splits by name; a split gives encoded images by position, and is cheap to send to another process.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -212,7 +214,8 @@ def _tfds_splits(builder) -> dict[str, TfdsSplit]:
         images, labels = [k for k in images if k == keys[0]], [k for k in labels if k == keys[1]]
     if len(images) != 1 or len(labels) != 1:
         raise UserError(f"{builder.name} has the features {', '.join(features)}: one image and one class label are needed")
-    builder.download_and_prepare(file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself at length; its progress bars go to stderr
+        builder.download_and_prepare(file_format="array_record")
     if (kind := builder.info.file_format.value) != "array_record":
         raise UserError(f"{builder.data_path} holds {kind} files, not array_record: give another data_dir as --from")
     return {
