@@ -109,7 +109,7 @@ def nan_parameter() -> None:
 
         def train_step(state, batch, key):
             state, metrics = inner(state, batch, key)
-            if not harmed and int(state.step) == 6:
+            if not harmed and int(jax.device_get(state.step)) == 6:
                 harmed.append(True)
                 params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan, device=leaf.sharding), state.params)
                 state = state.replace(params=params)
