@@ -106,11 +106,11 @@ def spec(axes: Axes) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def shardings(mesh: jax.sharding.Mesh, logical_axes: Any, arrays: Any) -> Any:
+def shardings(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, logical_axes: Any, arrays: Any) -> Any:
     """A tree of logical axes -> the same tree of `NamedSharding`.
 
     Args:
-        mesh: the devices.
+        mesh: the devices, or their plan.
         logical_axes: a tuple of names per array.
         arrays: the tree of arrays (or their shapes); a dimension that its mesh axis does not divide stays whole.
     """

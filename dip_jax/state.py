@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dip_jax import sharding
 from dip_jax.typing import Params, PRNGKey
@@ -30,7 +30,9 @@ def create_state(model: Any, optimizer: optax.GradientTransformation, key: PRNGK
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), ema=ema)
 
 
-def state_shardings(model: Any, optimizer: optax.GradientTransformation, mesh: Mesh, *, zero1: bool = False) -> TrainState:
+def state_shardings(
+    model: Any, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh, *, zero1: bool = False
+) -> TrainState:
     """The sharding of every array of the state, by the logical axes of the parameters.
 
     Optimizer moments follow their parameter; scalars are replicated. With `zero1` the moments and the EMA are also split
@@ -58,7 +60,7 @@ def init_sharded(model: Any, optimizer: optax.GradientTransformation, seed: int,
     return create(jax.random.key(seed))
 
 
-def _split_over_data(mesh: Mesh, placed: NamedSharding, array: jax.ShapeDtypeStruct) -> NamedSharding:
+def _split_over_data(mesh: Mesh | AbstractMesh, placed: NamedSharding, array: jax.ShapeDtypeStruct) -> NamedSharding:
     entries = [*placed.spec, *[None] * (array.ndim - len(placed.spec))]
     for dim, entry in enumerate(entries):
         if entry is None and array.shape[dim] % mesh.shape["data"] == 0:

@@ -137,8 +137,8 @@ def test_output_patch_depends_on_its_own_pixels_alone(head):
 
 @pytest.mark.parametrize("place", PLACEMENTS)
 def test_scan_is_the_loop(place):
-    scanned, looped = run(head="mlp", placement=place), run(head="mlp", placement=place, scan_layers=False)
-    assert_same(scanned, looped, 1e-5)
+    looped = run(head="mlp", placement=place, scan_layers=False)
+    assert_same(run(head="mlp", placement=place), looped, 1e-5)
 
 
 def test_unrolled_layers_leave_no_loop():
@@ -155,9 +155,9 @@ def test_unrolled_layers_leave_no_loop():
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_rematerialisation_changes_memory_and_nothing_else(scan):
-    kept = run(head="unet", scan_layers=scan)
+    kept = run(head="mlp", placement="post_hoc", scan_layers=scan)
     for remat in ("dots", "full"):
-        assert_same(run(head="unet", scan_layers=scan, remat=remat, head_remat=True), kept, 1e-5)
+        assert_same(run(head="mlp", placement="post_hoc", scan_layers=scan, remat=remat, head_remat=True), kept, 1e-5)
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -186,7 +186,7 @@ def test_bfloat16_stays_close_to_float32(head, place):
     assert 1e-4 < error < 0.04
 
 
-@pytest.mark.parametrize(("head", "place"), [("unet", "post_hoc"), ("coord_mlp", "post_hoc"), ("attention", "hybrid")])
+@pytest.mark.parametrize(("head", "place"), [("unet", "post_hoc"), ("attention", "hybrid")])
 def test_eight_devices_compute_what_one_does(head, place):
     model, params = small(head=head, placement=place), random_params(head=head, placement=place)
     x, t, y = batch(8)
@@ -198,9 +198,8 @@ def test_eight_devices_compute_what_one_does(head, place):
     mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, sharding.shardings(mesh, model.logical_axes(), params))
-        split = jax.tree.map(
-            lambda a: jax.device_put(a, sharding.shardings(mesh, ("batch",) + (None,) * (a.ndim - 1), a)), (x, t, y)
-        )
+        axes = tuple(("batch",) + (None,) * (a.ndim - 1) for a in (x, t, y))
+        split = jax.device_put((x, t, y), sharding.shardings(mesh, axes, (x, t, y)))
         step = jax.jit(jax.value_and_grad(value))
         text = step.lower(placed, *split).as_text()
         together = step(placed, *split)

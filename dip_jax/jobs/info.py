@@ -6,6 +6,7 @@ Examples:
   python -m dip_jax info --config=configs/dip.py --json
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -45,16 +46,19 @@ def describe(config: Config, *, mesh: Mesh) -> dict[str, Any]:
     """Everything that `info` prints, as JSON values.
 
     Returns:
-        parameters, flops_per_image: by part, with "total" and "head" always there (flops: forward pass, "head" with the
-            injected one); head_share: of each, a fraction; bytes_per_device: params, optimizer, ema, gradients, activations
-            (see `cost.activation_bytes_per_image`), "total"; mesh: its axes; batch_per_device.
+        parameters, flops_per_image: by part, with "total" and "head" always there (flops: forward pass; "head" is all heads
+            together) and parameters["growth_over_dit_only"], a fraction; head_share: of each, a fraction; bytes_per_device:
+            params, optimizer, ema, gradients, activations (see `cost.activation_bytes_per_image`) and "total"; mesh: its
+            axes; batch_per_device.
 
     Raises:
-        UserError: if the model cannot be built, or the mesh does not divide a parameter or the batch.
+        UserError: if the model cannot be built, or the mesh does not divide the batch.
     """
     model = dip.from_config(config.model)
     params = jax.eval_shape(model.init, jax.random.key(0))
     parameters = _with_totals({name: _count(tree) for name, tree in params.items()})
+    baseline = dip.from_config(dataclasses.replace(config.model, head="none", placement="post_hoc"))
+    growth = parameters["total"] / _count(jax.eval_shape(baseline.init, jax.random.key(0))) - 1
     flops = _with_totals({part: count for part, count in cost.forward_flops(config.model).items() if count})
     grid = _abstract(mesh)
     shards = grid.shape["data"] * grid.shape["fsdp"] * config.optim.accumulate
@@ -66,7 +70,7 @@ def describe(config: Config, *, mesh: Mesh) -> dict[str, Any]:
     memory = _state_bytes(model, config, grid, zero1=mesh.zero1)
     memory["activations"] = config.data.batch_size // shards * cost.activation_bytes_per_image(model)
     return {
-        "parameters": parameters,
+        "parameters": {**parameters, "growth_over_dit_only": growth},
         "flops_per_image": flops,
         "head_share": {"parameters": parameters["head"] / parameters["total"], "flops": flops["head"] / flops["total"]},
         "bytes_per_device": {**memory, "total": sum(memory.values())},
@@ -81,7 +85,7 @@ def read_mesh(text: str) -> Mesh:
     Raises:
         UserError: for anything else.
     """
-    sizes = {axis: 1 for axis in sharding.AXES}
+    sizes = dict.fromkeys(sharding.AXES, 1)
     for item in text.split(","):
         axis, _, size = item.partition(":")
         if axis not in sizes or not size.isdigit():
@@ -93,11 +97,13 @@ def read_mesh(text: str) -> Mesh:
 def tables(facts: dict[str, Any]) -> str:
     """The totals of `describe` for people."""
     lines = [f"{'part':<14}{'parameters':>16}{'share':>9}{'GFLOP per image':>18}{'share':>9}"]
-    parameters, flops = facts["parameters"], facts["flops_per_image"]
+    parameters, flops = dict(facts["parameters"]), facts["flops_per_image"]
+    growth = parameters.pop("growth_over_dit_only")
     for part in [*(name for name in parameters | flops if name != "total"), "total"]:
         count, work = parameters.get(part, 0), flops.get(part, 0)
         shares = f"{count / parameters['total']:>9.3%}", f"{work / flops['total']:>9.2%}"
         lines.append(f"{part:<14}{count:>16,}{shares[0]}{work / 1e9:>18.3f}{shares[1]}")
+    lines.append(f"parameters over DiT-only: {growth:+.3%}")
     mesh = " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
     lines += ["", f"per device, mesh {mesh}, {facts['batch_per_device']} images at a time:"]
     lines += [f"  {name:<14}{size / 2**30:>10.3f} GiB" for name, size in facts["bytes_per_device"].items()]
@@ -142,7 +148,4 @@ def _state_bytes(model: dip.DiP, config: Config, mesh: AbstractMesh, *, zero1: b
 
 
 def _shard_bytes(array: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding) -> int:
-    try:
-        return math.prod(place.shard_shape(array.shape)) * array.dtype.itemsize
-    except ValueError as error:
-        raise UserError(f"a parameter of shape {array.shape} does not split over the mesh as {place.spec}: {error}") from error
+    return math.prod(place.shard_shape(array.shape)) * array.dtype.itemsize

@@ -249,6 +249,8 @@ class Block(nn.Module):
         kind = {"lead": self.lead, "dtype": self.dtype}
         width = x.shape[-1]
         adaln = Linear((6, width), ("embed", None, "modulation"), dtype=self.dtype, name="modulation")(c)
+        if self.lead:  # left sharded over tensor, XLA adds up the wrong parts on a data x fsdp x tensor mesh
+            adaln = constrain(adaln, self.lead[0], None, None, "act_embed")
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = unstack(adaln, -2)
         attention = Attention(self.num_heads, self.grid, self.implementation, name="attention", **kind)
         x = x + gate_a * attention(modulate(RMSNorm(name="norm1")(x), shift_a, scale_a).astype(self.dtype))
@@ -264,7 +266,7 @@ class FinalLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         modulation = Linear((2, x.shape[-1]), ("embed", None, "modulation"), init="zeros", dtype=self.dtype, name="modulation")
-        shift, scale = unstack(modulation(c), -2)
+        shift, scale = unstack(constrain(modulation(c), "batch", None, None, "act_embed"), -2)
         x = modulate(layer_norm(x), shift, scale)
         return Linear((self.features,), ("embed", "pixels"), init="zeros", dtype=self.dtype, name="linear")(x)
 

@@ -1,0 +1,135 @@
+"""`info` and the cost model: counts that a reader can check, FLOPs against XLA's own, memory per device by arithmetic."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from test_models import COMBINATIONS, small
+
+from dip_jax import __main__, config, cost
+from dip_jax.errors import UserError
+from dip_jax.jobs import info
+from dip_jax.models.detailers import HEADS
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+def load(name: str, *arg: str) -> config.Config:
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return config.from_config_dict(module.get_config(*arg))
+
+
+def test_the_command_prints_the_paper_count_as_json(capsys):
+    assert __main__.main(["info", f"--config={CONFIGS / 'dip.py'}", "--mesh=data:8", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"]["total"] == 630_595_811
+    assert facts["parameters"]["head"] == 5_574_467
+    assert round(100 * facts["parameters"]["growth_over_dit_only"], 3) == 0.323
+    assert facts["bytes_per_device"]["params"] == 4 * 630_595_811
+    assert facts["flops_per_image"]["blocks"] == pytest.approx(221e9, rel=0.01)
+    assert facts["flops_per_image"]["head"] == pytest.approx(20e9, rel=0.15)
+
+
+def test_the_command_prints_tables(capsys):
+    assert __main__.main(["info", f"--config={CONFIGS / 'demo.py'}", "--mesh=data:2"]) == 0
+    text = capsys.readouterr().out
+    for part in ("head/down_0/kernel", "GFLOP per image", "activations", "GiB", "over DiT-only"):
+        assert part in text
+
+
+ROWS = {
+    ("dip", "512"): 633_250_019,
+    ("dip", "none"): 628_563_360,
+    ("dip", "coord_mlp,256"): 700_589_219,
+    ("table1_600_epochs",): 630_595_811,
+    ("table2_dit_26x1152",): 628_563_360,
+    ("table2_dit_32x1152",): 771_953_664,
+    ("table2_dit_26x1280",): 775_539_008,
+    ("table2_dit_26x1536",): 1_115_891_328,
+    ("table2_mlp",): 630_184_992,
+    ("table2_attention",): 629_695_779,
+    ("table2_coord_mlp",): 700_589_219,
+    ("table2_unet",): 630_595_811,
+    ("table3_dip_xl_32",): 633_250_019,
+    ("figure5_post_hoc",): 630_595_811,
+    ("figure10a", "4x64"): 630_595_811,
+    ("figure10b", "16,512,none"): 628_563_360,
+}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=":".join)
+def test_each_row_of_the_paper_has_a_config_of_its_size(row):
+    total = info.describe(load(*row), mesh=config.Mesh(data=8))["parameters"]["total"]
+    assert total == ROWS[row]
+
+
+@pytest.mark.parametrize(("file", "arg"), [("dip", "512,hybird"), ("figure10a", "4"), ("figure10b", "16")])
+def test_a_bad_argument_of_a_config_is_one_line(file, arg):
+    with pytest.raises(ValueError, match=arg):
+        load(file, arg)
+
+
+def test_every_head_has_a_cost():
+    assert set(cost.HEAD_PRODUCTS) == set(HEADS)
+
+
+@pytest.mark.parametrize(("head", "place"), COMBINATIONS)
+def test_flops_are_those_of_the_traced_products(head, place):
+    """Against the products in the jaxpr itself, layers unrolled; exact but for what depends on the weights alone."""
+    model = small(head=head, placement=place, width=64, scan_layers=False, image_size=(32, 32), head_depth=None)
+    h, w = model.config.image_size
+    args = (jax.ShapeDtypeStruct((1, h, w, 3), "float32"), jax.ShapeDtypeStruct((1,), "float32"))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    jaxpr = jax.make_jaxpr(model.apply)(params, *args, jax.ShapeDtypeStruct((1,), "int32"))
+    counted = sum(cost.forward_flops(model.config).values())
+    traced = _products(jaxpr.jaxpr)
+    assert counted == pytest.approx(traced, rel=0.03 if head == "unet" else 1e-9)
+
+
+def _products(jaxpr) -> int:
+    """FLOPs of the products in a jaxpr, loops counted as often as they run."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * eqn.outvars[0].aval.size * int(np.prod([eqn.invars[0].aval.shape[i] for i in contract]))
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval
+            total += 2 * eqn.outvars[0].aval.size * kernel.size // kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+        for inner in jax.core.jaxprs_in_params(eqn.params):
+            total += _products(inner) * eqn.params.get("length", 1)
+    return total
+
+
+def test_activations_follow_the_rematerialisation():
+    sizes = [cost.activation_bytes_per_image(small(depth=4, head="none", remat=remat)) for remat in ("none", "dots", "full")]
+    assert sizes[0] > 1.5 * sizes[1] > 1.5 * sizes[2] > 0
+    n, d, layers = 2, 32, 4
+    assert sizes[2] >= 4 * n * d * layers  # at least the tokens between blocks
+
+
+def test_memory_is_divided_by_the_mesh():
+    base = load("dip")
+    alone, fsdp, zero = (
+        info.describe(base, mesh=mesh)["bytes_per_device"]
+        for mesh in (config.Mesh(data=1), config.Mesh(data=1, fsdp=8), config.Mesh(data=8, zero1=True))
+    )
+    assert alone["optimizer"] == pytest.approx(8 * 630_595_811, rel=1e-6)
+    assert fsdp["params"] == pytest.approx(alone["params"] / 8, rel=0.1)  # the head is replicated
+    assert zero["params"] == alone["params"] and zero["ema"] < 0.2 * alone["ema"]
+    assert fsdp["activations"] * 8 == alone["activations"]
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    base = load("dip")
+    with pytest.raises(UserError, match=r"data.batch_size=256 does not split"):
+        info.describe(base, mesh=config.Mesh(data=7))
+    for text in ("data", "data:x", "rows:2"):
+        with pytest.raises(UserError, match="is not AXIS:SIZE"):
+            info.read_mesh(text)
+    assert info.read_mesh("data:8,fsdp:4") == config.Mesh(data=8, fsdp=4)
