@@ -51,7 +51,7 @@ class Evaluation:
         notes: sentences that a reader of the numbers needs.
     """
 
-    metrics: dict[str, float]
+    metrics: dict[str, float | int]
     protocol: dict[str, Any]
     notes: list[str]
 

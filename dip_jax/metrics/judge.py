@@ -69,7 +69,7 @@ class Judge:
     def _gaussians(self) -> dict[str, Gaussian]:
         return self._given or self._reference.gaussians
 
-    def __call__(self, samples: ImageSet) -> dict[str, float]:
+    def __call__(self, samples: ImageSet) -> dict[str, float | int]:
         """Every metric of the samples, by name; the names carry the network's suffix, and N their number.
 
         Raises:
