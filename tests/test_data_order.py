@@ -48,13 +48,13 @@ def test_each_epoch_is_a_permutation(count, seed, salt, epoch):
 def test_epochs_seeds_and_salts_differ():
     orders = {
         (seed, salt, epoch): tuple(
-            pipeline.record_at(range(epoch * 100, epoch * 100 + 100), num_records=100, seed=seed, salt=salt)
+            pipeline.record_at(range(epoch * 50, epoch * 50 + 50), num_records=50, seed=seed, salt=salt)
         )
-        for seed in range(4)
-        for salt in range(4)
-        for epoch in range(4)
+        for seed in range(3)
+        for salt in range(3)
+        for epoch in range(3)
     }
-    assert len(set(orders.values())) == 64
+    assert len(set(orders.values())) == 27
 
 
 def test_shuffling_leaves_no_trace_of_the_old_order():

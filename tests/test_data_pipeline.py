@@ -108,7 +108,7 @@ def test_a_flipped_byte_names_shard_and_record(tmp_path):
         pipeline.open_dataset(dataset.folder)[9]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_bad_record_stops_training_by_default(damaged, workers):
     section = config.Data(batch_size=COUNT, num_threads=2, num_workers=workers)
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
