@@ -47,9 +47,7 @@ def test_each_epoch_is_a_permutation(count, seed, salt, epoch):
 
 def test_epochs_seeds_and_salts_differ():
     orders = {
-        (seed, salt, epoch): tuple(
-            pipeline.record_at(range(epoch * 50, epoch * 50 + 50), num_records=50, seed=seed, salt=salt)
-        )
+        (seed, salt, epoch): tuple(pipeline.record_at(range(epoch * 50, epoch * 50 + 50), num_records=50, seed=seed, salt=salt))
         for seed in range(3)
         for salt in range(3)
         for epoch in range(3)
