@@ -54,7 +54,7 @@ def measure(gibibytes: float, rounds: int, folder: pathlib.Path) -> dict[str, fl
             patched = write if kind == "with" else lambda path: None
             with mock.patch.object(steps, "write_manifest", patched):
                 start = time.perf_counter()
-                clock("save_holds_training", lambda c=checkpoints: c.save(number, state, record))
+                clock("save_holds_training", lambda c=checkpoints, n=number: c.save(n, state, record))
                 checkpoints.wait()
                 times.setdefault(f"save_{kind}_manifest", []).append(time.perf_counter() - start)
             if kind == "with":

@@ -259,13 +259,17 @@ def _read(item: epath.Path, target: Any, *, partial: bool = False) -> Any:
         raise UserError(f"{item.parent} holds no item {item.name!r}: it has other weights or was made by another command")
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or local), target)
-    with ocp.PyTreeCheckpointer() as reader:
-        stored = reader.metadata(item).item_metadata.tree
-        _compare(item, stored, target, partial=partial)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        return reader.restore(
-            item, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)
-        )
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            stored = reader.metadata(item).item_metadata.tree
+            _compare(item, stored, target, partial=partial)
+            restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+            args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)
+            return reader.restore(item, args=args)
+    except UserError:
+        raise
+    except Exception as error:  # Orbax and its storage report what they cannot read by many types
+        raise UserError(f"{item} cannot be read ({_reason(error)}): use another step of the same workdir") from error
 
 
 def _compare(item: epath.Path, stored: Any, target: Any, *, partial: bool) -> None:
