@@ -162,6 +162,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, arguments, message):
     with pytest.raises(UserError, match=message) as error:
         prepare(**{"source": "folder", "image_size": 16, "out": "out"} | arguments)
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_finished_dataset_is_left_alone(tmp_path):

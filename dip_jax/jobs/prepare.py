@@ -180,6 +180,9 @@ def _locked(partial: pathlib.Path) -> Iterator[None]:
             yield
         except OSError as error:
             raise UserError(f"{error.strerror}: {error.filename or partial}; then run the same command to go on") from error
+        finally:
+            if {entry.name for entry in partial.glob("*")} == {"lock"}:  # a mistake, found before any work
+                shutil.rmtree(partial)
 
 
 def _check_request(
