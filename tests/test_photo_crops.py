@@ -32,10 +32,11 @@ def test_a_crop_is_a_function_of_seed_and_number(cropper):
 
 def test_a_crop_is_the_window_that_its_numbers_say(cropper):
     """Against one resize of the photograph itself, without the halved copies."""
-    for i in range(10):
-        photograph = photo_crops.load_photograph(list(photo_crops.PHOTOGRAPHS)[i])
+    smallest = photo_crops.SMALLEST_SIDE
+    for i in range(30):
+        photograph = photo_crops.load_photograph(list(photo_crops.PHOTOGRAPHS)[i % 10])
         scale, x, y = np.random.Generator(np.random.PCG64([0, i])).random(3)
-        side = min(photograph.size) * (0.5 + 0.5 * scale)
+        side = min(photograph.size) * (smallest + (1 - smallest) * scale)
         left, top = x * (photograph.width - side), y * (photograph.height - side)
         box = (left, top, left + side, top + side)
         expected = photograph.resize((64, 64), Image.Resampling.BICUBIC, box=box)
