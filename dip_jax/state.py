@@ -1,6 +1,7 @@
 """The training state: what a step changes and a checkpoint keeps. Born sharded, the same on every mesh."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -62,8 +63,11 @@ def init_sharded(model: Any, optimizer: optax.GradientTransformation, seed: int,
 
 def _split_over_data(mesh: Mesh | AbstractMesh, placed: NamedSharding, array: jax.ShapeDtypeStruct) -> NamedSharding:
     entries = [*placed.spec, *[None] * (array.ndim - len(placed.spec))]
-    for dim, entry in enumerate(entries):
-        if entry is None and array.shape[dim] % mesh.shape["data"] == 0:
-            entries[dim] = "data"
+    split = [(entry,) if isinstance(entry, str) else entry or () for entry in entries]
+    if any("data" in axes for axes in split):  # by the config's own rules
+        return placed
+    for dim, axes in enumerate(split):
+        if array.shape[dim] % math.prod(mesh.shape[axis] for axis in (*axes, "data")) == 0:
+            entries[dim] = (*axes, "data") if axes else "data"
             return NamedSharding(mesh, PartitionSpec(*entries))
     return placed

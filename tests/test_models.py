@@ -112,7 +112,7 @@ def test_mapped_head_is_the_head_of_one_patch(head):
     model = small(head=head).config
     params = {"params": random_params(head=head)["head"]}
     p, s, t_emb = head_inputs(small(head=head))
-    mapped = jax.jit(placement.map_head(model, name=None).apply)(params, p, s, t_emb)
+    mapped = jax.jit(placement.map_head(model, name="head").apply)(params, p, s, t_emb)
     one = jax.jit(HEADS[head](model).apply)
     for b, n in [(0, 0), (1, 1)]:
         np.testing.assert_allclose(one(params, p[b, n], s[b, n], t_emb[b]), mapped[b, n], atol=2e-6, rtol=1e-5)

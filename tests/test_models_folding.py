@@ -53,7 +53,13 @@ def plain_unet(params, p, s, t_emb, *, depth, pool, upsample, feature):
 def test_folded_unet_is_the_plain_one(patch_size, depth, pool, upsample, feature):
     fields = {"head_pool": pool, "head_upsample": upsample, "head_feature": feature, "head_depth": depth, "head_width": 6}
     model = config.Model(
-        size="tiny", width=24, num_heads=2, patch_size=patch_size, image_size=patch_size, dtype="float32", **fields
+        size="tiny",
+        width=24,
+        num_heads=2,
+        patch_size=patch_size,
+        image_size=(patch_size, patch_size),
+        dtype="float32",
+        **fields,
     )
     p = jax.random.normal(jax.random.key(0), (patch_size, patch_size, 3))
     s, t_emb = jax.random.normal(jax.random.key(1), (2, 24))
