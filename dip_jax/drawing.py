@@ -4,6 +4,7 @@ Every batch has the same shape (the last is padded), so there is one compilation
 While a batch is fetched and written the next one runs.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -154,8 +155,13 @@ def _fetch(number: int, count: int, drawn: tuple[jax.Array, jax.Array]) -> tuple
 def _arguments(params, seed, indices, labels, model, options):
     """(predict, the arguments that `sampler.draw` and `sampler.draw_trajectory` share)."""
 
+    network = model.config
+    if network.prediction == "x":
+        # The last step must land on the predicted image: a floor above its 1 - t would leave noise in every sample.
+        network = dataclasses.replace(network, t_clip=min(network.t_clip, 1 - float(sampler.time_grid(options)[-2])))
+
     def predict(x_t, t, y):
-        return flow.to_velocity(model.apply(params, x_t, t, y), x_t, t, model=model.config)
+        return flow.to_velocity(model.apply(params, x_t, t, y), x_t, t, model=network)
 
     shared = {"image_shape": (*model.config.image_size, 3), "null_label": model.config.num_classes}
     return predict, {"key": jax.random.key(seed), "indices": indices, "labels": labels, "sample": options, **shared}

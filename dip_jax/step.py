@@ -51,14 +51,17 @@ def train_step(
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    decay = ema_decay(optim, state.step)
-    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+    def update():
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = ema_decay(optim, state.step)
+        return params, opt_state, jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
 
-    new = (params, opt_state, ema)
-    old = (state.params, state.opt_state, state.ema)
-    params, opt_state, ema = jax.tree.map(functools.partial(jnp.where, finite), new, old)
+    def keep():
+        return state.params, state.opt_state, state.ema
+
+    # A branch, not a select per array: on two CPU cores the select made this part five times slower.
+    params, opt_state, ema = jax.lax.cond(finite, update, keep)
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,

@@ -141,3 +141,15 @@ def test_bfloat16_stays_close():
     """What the README states: rounding in the network moves pixels by a few levels, not the image."""
     difference = np.abs(draw(dtype="bfloat16").astype(int) - draw())
     assert 0 < difference.mean() < 4
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_a_sample_of_an_image_predictor_is_the_image_it_predicts(steps):
+    """An untrained model predicts grey: nothing of the noise may be left, however small the last step."""
+    model = dip.build(
+        "DiT-tiny/8", image_size=16, num_classes=4, depth=1, width=24, num_heads=2, dtype="float32", prediction="x"
+    )
+    params = jax.jit(model.init)(jax.random.key(0))
+    options = config.Sample(steps=steps, guidance=1.0, batch_size=2)
+    (_, images), *_ = drawing.draw_batches(model, params, labels=[0, 1], seed=0, options=options, mesh=one_device())
+    assert set(np.unique(images).tolist()) <= {127, 128}

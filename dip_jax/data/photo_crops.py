@@ -1,11 +1,11 @@
 """Real photographs without a download: random crops of ten colour photographs that two packages carry, as a TFDS builder.
 
-One class per photograph. Crop i of a split has class i mod 10, a side drawn uniformly from half to all of the photograph's
+One class per photograph. Crop i of a split has class i mod 10, a side drawn uniformly from 0.8 to 1 of the photograph's
 short side, and a uniform position; it is a function of (split, i) alone. Train and validation draw from separate seeds, but
 from the same photographs: they overlap.
 
 Example:
-    >>> builder = PhotoCrops(config=CropsConfig(64), data_dir="/tmp/tfds", file_format="array_record")
+    >>> builder = PhotoCrops(config=CropsConfig(64), data_dir="tfds", file_format="array_record")
     >>> builder.download_and_prepare()
     >>> source = builder.as_data_source("train")
 """
@@ -34,7 +34,7 @@ PHOTOGRAPHS = {
     "flower": ("sklearn", "datasets/images/flower.jpg"),
 }
 SPLITS = {"train": (0, 20_000), "validation": (1, 2_000)}  # seed, number of crops
-SMALLEST_SIDE = 0.5  # of the photograph's short side; 150 pixels in the smallest photograph
+SMALLEST_SIDE = 0.8  # of the photograph's short side: near enough to the whole to be recognised
 
 
 def load_photograph(name: str) -> Image.Image:
