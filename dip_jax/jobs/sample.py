@@ -128,6 +128,8 @@ def _options(flags: absl_flags.FlagValues, base: config.Sample) -> config.Sample
     """The run's sampling options with those that the command line names."""
     named = {key: flags[key].value for key in ("steps", "guidance", "solver", "t_shift", "batch_size")}
     if flags.interval is not None:
+        if len(flags.interval) != 2:
+            raise UserError(f"--interval={','.join(flags.interval)} must be low,high, such as 0.1,1.0")
         named["interval"] = tuple(_number(float, "interval", text) for text in flags.interval)
     return dataclasses.replace(base, **{key: value for key, value in named.items() if value is not None})
 

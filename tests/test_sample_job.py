@@ -1,0 +1,158 @@
+"""`python -m dip_jax sample` as its user meets it: pictures, files, mistakes in one line, and kill -9."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dip_jax import checkpoint, config, sample_files
+from dip_jax.__main__ import main
+from dip_jax.models import dip
+
+MODEL = {"size": "tiny", "depth": 1, "width": 16, "num_heads": 2, "patch_size": 8, "image_size": (16, 16), "num_classes": 4}
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A checkpoint of random weights whose config asks for 3 unguided steps."""
+    values = config.to_dict(config.Config())
+    values["model"] |= {**MODEL, "head": "none", "dtype": "float32", "inject_after": 1}
+    values["sample"] |= {"steps": 3, "guidance": 1.0, "batch_size": 8}
+    settings = config.from_dict(values)
+    key = jax.random.key(1)
+    model = dip.from_config(settings.model)
+    params = jax.jit(lambda: jax.tree.map(lambda p: p + 0.1 * jax.random.normal(key, p.shape), model.init(key)))()
+    folder = tmp_path_factory.mktemp("run")
+    checkpoint.write_weights(folder, params, config=settings, step=7)
+    return folder
+
+
+def test_grid_npz_and_folder_hold_the_same_samples(workdir, tmp_path):
+    out = {name: str(tmp_path / name) for name in ("grid.png", "samples.npz", "samples", "steps.png")}
+    base = ["sample", f"--workdir={workdir}", "--num_samples=10"]
+    assert main([*base, f"--out={out['samples.npz']}"]) == 0
+    assert main([*base, f"--out={out['samples']}"]) == 0
+    assert main([*base, f"--out={out['grid.png']}", f"--trajectory={out['steps.png']}"]) == 0
+    with np.load(out["samples.npz"]) as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]  # interleaved
+    assert images.shape == (10, 16, 16, 3) and len({image.tobytes() for image in images}) == 10
+    pictures = sorted((tmp_path / "samples").glob("*.png"))
+    np.testing.assert_array_equal([np.asarray(Image.open(path)) for path in pictures], images)
+    grid = np.asarray(Image.open(out["grid.png"]))
+    corner = np.kron(images[0], np.ones((6, 6, 1), np.uint8))  # enlarged to 96 pixels
+    assert any(np.array_equal(grid[16:112, left : left + 96], corner) for left in range(grid.shape[1] - 96))
+    assert Image.open(out["steps.png"]).size[0] > 3 * 96
+
+
+def test_settings_state_the_protocol(workdir, tmp_path):
+    out = tmp_path / "samples.npz"
+    assert main(["sample", f"--workdir={workdir}", "--num_samples=4", "--labels=2,3", f"--out={out}"]) == 0
+    settings = sample_files.read_settings(out)
+    expected = {"samples": 4, "seed": 0, "solver": "euler", "steps": 3, "guidance": 1.0, "weights": "ema", "step": "7"}
+    assert {key: settings[key] for key in expected} == expected
+    assert settings["nfe"] == {"conditional": 3, "unconditional": 0} and settings["model"]["dtype"] == "float32"
+    with np.load(out) as file:
+        assert file["arr_1"].tolist() == [2, 3, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--labels=4000"], "label 4000 is not a class: this model has 0..3"),
+        (["--labels=cat"], "--labels: 'cat' is not a number"),
+        (["--labels=1", "--classes=2"], "name one of --labels and --classes"),
+        (["--classes=5"], "--classes=5 must lie in 1..4"),
+        (["--steps=0"], "sample.steps=0 must lie in 1..1000"),
+        (["--solver=eule"], "did you mean 'euler'?"),
+        (["--interval=0.5"], "must be low,high"),
+        (["--interval=0.5,x"], "--interval: 'x' is not a number"),
+        (["--num_samples=0"], "num_samples"),
+        (["--seed=-1"], "seed=-1 must lie in"),
+        (["--checkpoint=elsewhere"], "name one of --workdir"),
+        (["--noema"], "holds no item 'state'"),
+        (["--out=/proc/nothing/here/samples.npz"], "cannot be written"),
+        (["--out=/proc/nothing/here/grid.png"], "cannot be written"),
+        (["--guidence=3"], "guidance"),
+    ],
+)
+def test_mistakes_are_one_line_before_compiling(flags, message, workdir, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("dip_jax.drawing._draw", None)
+    assert main(["sample", f"--workdir={workdir}", f"--out={tmp_path / 'samples.npz'}", *flags]) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("dip_jax sample: ") and message in last
+
+
+def test_missing_checkpoint_and_changed_settings(workdir, tmp_path, capfd):
+    out = tmp_path / "samples.npz"
+    assert main(["sample", f"--workdir={tmp_path / 'nowhere'}", f"--out={out}"]) == 2
+    assert main(["sample", f"--workdir={workdir}", "--num_samples=8", f"--out={out}"]) == 0
+    before = out.read_bytes()
+    assert main(["sample", f"--workdir={workdir}", "--num_samples=8", "--seed=1", f"--out={out}"]) == 2
+    assert "seed: 0 -> 1" in capfd.readouterr().err and out.read_bytes() == before
+
+
+def start(workdir, out, devices=8):
+    """A sampling process of its own, sharded over 8 devices: 10 batches of 8."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("DIP_TEST_CACHE", "/tmp/dip_jax_test_cache") + "_sample",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "dip_jax", "sample", f"--workdir={workdir}", "--num_samples=80", f"--out={out}"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def kill_when(process, condition):
+    """SIGKILL at the first moment at which the condition holds; False where the process ended before."""
+    while process.poll() is None:
+        if condition():
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def check_kills(workdir, folder, points):
+    """Kills one run after another at each point (a number of finished batches, or the name of a file), then lets it end."""
+    whole, out = folder / "whole.npz", folder / "killed.npz"
+    assert start(workdir, whole).wait() == 0
+    parts = folder / "killed.npz.parts"
+    stamps = {}
+    killed = 0
+    for point in points:
+        process = start(workdir, out)
+        if isinstance(point, str):
+            killed += kill_when(process, (folder / point).exists)
+        else:
+            killed += kill_when(process, lambda point=point: parts.exists() and len(list(parts.glob("0*"))) >= point)
+        now = {path.name: path.stat().st_mtime_ns for path in parts.glob("0*")} if parts.exists() else {}
+        assert stamps.items() <= now.items() or not now  # no finished batch was drawn again
+        stamps = now
+    last = start(workdir, out)
+    _, said = last.communicate()
+    assert last.returncode == 0, said
+    assert out.read_bytes() == whole.read_bytes()
+    assert not parts.exists()
+    return killed
+
+
+def test_killed_once_and_given_again_the_file_is_the_same(workdir, tmp_path):
+    assert check_kills(workdir, tmp_path, [3]) == 1
+
+
+@pytest.mark.slow
+def test_killed_at_ten_points_the_file_is_the_same(workdir, tmp_path):
+    points = ["killed.npz.json", 0, 1, 2, 3, 5, 6, 8, 9, "killed.npz.partial"]
+    assert check_kills(workdir, tmp_path, points) >= 9  # joining the parts may be over before the kill arrives
