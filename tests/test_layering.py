@@ -44,6 +44,7 @@ FLOORS = {
     "jobs.info": 8,
     "candidates": 8.5,  # interleaves labels as sampling does
     "jobs.evaluate": 9,
+    "training": 9.5,
     "jobs.train": 10,
     "__main__": 11,
     "__init__": 11,

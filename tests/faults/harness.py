@@ -56,7 +56,7 @@ def tiny_config(dataset: pathlib.Path, **changes: object) -> Config:
     values["data"] |= {"path": str(dataset), "batch_size": 8, "num_threads": 2}
     values["checkpoint"] |= {"every_steps": 2, "keep_last": 3}
     values["sample"] |= {"steps": 2, "batch_size": 9}
-    values["train"] |= {"steps": 12, "log_every": 1, "sample_every": 0, "watchdog_seconds": 60.0, "bad_steps": 3}
+    values["train"] |= {"steps": 12, "log_every": 1, "sample_every": 0, "watchdog_seconds": 600.0, "bad_steps": 3}
     for key, value in changes.items():
         section, name = key.split("__")
         values[section][name] = value

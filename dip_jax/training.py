@@ -1,0 +1,235 @@
+"""The loop: batches through the step, metrics one step late, and what happens beside it.
+
+Saving, sampling and evaluating every so many steps; stopping when a signal asks; rolling back when the numbers go bad.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from dip_jax import bad_numbers, checkpoint, distributed, drawing, figures, guard, optim, state, step, writers
+from dip_jax.config import Config, to_dict
+from dip_jax.data import pipeline
+from dip_jax.errors import Exit, Interrupted
+from dip_jax.jobs import evaluate
+from dip_jax.models import dip
+
+_PATIENCE = 10.0  # the watchdog waits this many times longer for compiling, saving and sampling
+_SAMPLES_PER_CLASS = 6
+_CLASSES_SHOWN = 10
+_NOISE = 1  # stream of the training noise, beside the initial weights
+
+
+class Run:
+    """One run of the loop: `prepare`, then `loop`."""
+
+    def __init__(self, config: Config, workdir, mesh, dataset, signals, checkpoints):
+        self._config, self._workdir, self._mesh, self._dataset = config, workdir, mesh, dataset
+        self._signals, self._checkpoints = signals, checkpoints
+        self._watchdog = guard.Watchdog(config.train.watchdog_seconds)
+        self._watch = bad_numbers.Watch(config.train)
+        self._batches = self._writer = self._progress = None
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def prepare(self, found: checkpoint.Found | None) -> None:
+        """Everything up to the first step; cheap checks first."""
+        config = self._config
+        self._open_data(found, salt=found.record.data["salt"] if found else 0)
+        self._model = dip.from_config(config.model)
+        self._optimizer = optim.make_optimizer(config.optim, total_steps=config.train.steps)
+        self._watchdog.beat(patience=_PATIENCE)
+        self._shardings = state.state_shardings(self._model, self._optimizer, self._mesh, zero1=config.mesh.zero1)
+        self._train_step = step.compile_train_step(
+            self._model, self._optimizer, self._shardings, self._mesh, objective=config.flow, optim=config.optim
+        )
+        replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        root = jax.jit(lambda: jax.random.fold_in(jax.random.key(config.train.seed), _NOISE), out_shardings=replicated)
+        self._key = root()
+        if distributed.is_main():
+            guard.write_text(self._workdir / "config.json", json.dumps(to_dict(config), indent=1))
+        self._start_from(found)
+
+    def _open_data(self, found: checkpoint.Found | None, *, salt: int) -> None:
+        config = self._config
+        self._identity = pipeline.identity(self._dataset, seed=config.train.seed, batch_size=config.data.batch_size, salt=salt)
+        if found:
+            pipeline.check_identity({**found.record.data, "salt": salt}, self._identity)
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = pipeline.batches(
+            self._dataset,
+            config.data,
+            mesh=self._mesh,
+            image_size=config.model.image_size,
+            num_classes=config.model.num_classes,
+            seed=config.train.seed,
+            salt=salt,
+            start_step=found.step if found else 0,
+        )
+
+    def _start_from(self, found: checkpoint.Found | None) -> None:
+        """Puts the state, the counters and the tables where the checkpoint (or the seed) says."""
+        self._step = found.step if found else 0
+        self._watch.skipped = found.record.skipped if found else 0
+        self._pending = None
+        if found:
+            target = state.abstract_state(self._model, self._optimizer, self._shardings)
+            self._state = self._checkpoints.restore(found, target)
+            distributed.say(f"going on from step {found.step} of {self._workdir}")
+        else:
+            self._state = state.init_sharded(self._model, self._optimizer, self._config.train.seed, self._shardings)
+        if distributed.is_main():
+            self._close_writers()
+            self._writer = writers.Writer(self._workdir, resume_step=self._step)
+            self._progress = writers.Progress(
+                total=self._config.train.steps, start=self._step, batch_size=self._config.data.batch_size
+            )
+
+    def loop(self) -> None:
+        """Steps until the last one, a signal, or numbers that stay bad."""
+        train = self._config.train
+        first = True
+        while self._step < train.steps:
+            self._stop_if_asked()
+            batch = next(self._batches)
+            with jax.transfer_guard("disallow"):
+                self._state, metrics = self._train_step(self._state, batch, self._key)
+            self._step += 1
+            self._settle()
+            self._pending = (self._step, metrics)
+            self._watchdog.beat(patience=_PATIENCE if first else 1.0)
+            self._checkpoints.check()
+            if first and self._progress:
+                jax.block_until_ready(metrics)
+                self._progress.restart_clock(self._step)
+            first = False
+            if self._watch.exhausted:
+                self._roll_back()
+                continue
+            if self._step == train.steps:
+                self._save()
+            elif self._step % self._config.checkpoint.every_steps == 0:
+                self._settle()
+                if not self._watch.streak:  # a rollback must reach back to before the trouble
+                    self._save()
+            for every, act in ((train.sample_every, self._show_samples), (train.eval_every, self._evaluate)):
+                if every and (self._step % every == 0 or self._step == train.steps):
+                    act()
+        self._checkpoints.wait()
+        distributed.say(f"finished: {self._step} steps in {self._workdir}")
+
+    def _stop_if_asked(self) -> None:
+        asked = self._signals.requested
+        if jax.process_count() > 1:  # every process stops at the step that they agree on
+            asked = (asked or Exit.PREEMPTED) if distributed.preempted(self._step) else None
+        if asked is None:
+            return
+        if self._step == 0:
+            raise Interrupted(f"no step was done in {self._workdir} yet: run the same command again to begin", code=asked)
+        self._save()
+        self._checkpoints.wait()
+        raise Interrupted(f"saved step {self._step} in {self._workdir}: run the same command again to go on", code=asked)
+
+    def _settle(self) -> None:
+        """Fetches the metrics of the step before, so that the devices never wait for the host, and writes its row."""
+        if self._pending is None:
+            return
+        (number, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        suspect = self._watch.observe(values)
+        if not distributed.is_main():
+            return
+        if suspect:
+            self._keep_for_inspection(number, values, suspect)
+        if number % self._config.train.log_every == 0:
+            speed = self._progress.measure(number)
+            self._writer.scalars(number, values | {"skipped": self._watch.skipped, "images_per_second": speed})
+        self._progress.update(number, values)
+
+    def _keep_for_inspection(self, number: int, values: dict[str, float], reason: str) -> None:
+        order = {key: self._identity[key] for key in ("batch_size", "seed", "salt")}
+        records = pipeline.batch_indices(len(self._dataset), **order, step=number - 1).tolist()
+        path = bad_numbers.keep_for_inspection(
+            self._workdir, number, reason=reason, metrics=values, order=order, records=records
+        )
+        self._progress.say(f"step {number}: {reason}; its records are in {path}")
+
+    def _roll_back(self) -> None:
+        """After `train.bad_steps` bad steps in a row: the last good checkpoint and other data, or the end."""
+        self._checkpoints.wait()
+        found = self._checkpoints.find()
+        origin = found.step if found else 0
+        bad = f"{self._config.train.bad_steps} updates in a row were not finite at step {self._step}"
+        if not self._watch.roll_back(origin, skipped=found.record.skipped if found else 0):
+            raise Interrupted(
+                f"{bad}; the last checkpoint is step {origin}: lower optim.learning_rate or set optim.grad_clip, and look at "
+                f"{self._workdir / 'inspect'}",
+                code=Exit.NUMERIC_ABORT,
+            )
+        distributed.say(f"{bad}: back to step {origin}, with other data")
+        self._open_data(found, salt=self._identity["salt"] + 1)
+        self._start_from(found)
+
+    def _save(self) -> None:
+        """Starts a save of the current step; never of numbers that are not finite."""
+        self._settle()
+        with self._aside():
+            if not bad_numbers.all_finite(self._state):
+                raise Interrupted(
+                    f"the state is not finite at step {self._step}: nothing saved, the checkpoint before stays",
+                    code=Exit.NUMERIC_ABORT,
+                )
+            record = checkpoint.Record(self._config, self._identity, self._watch.skipped)
+            self._checkpoints.save(self._step, self._state, record)
+
+    def _draw(self, labels: np.ndarray) -> np.ndarray:
+        """Samples from the averaged weights, one per label; the same noise every time."""
+        batches = drawing.draw_batches(
+            self._model, self._state.ema, labels=labels, seed=0, options=self._config.sample, mesh=self._mesh
+        )
+        return np.concatenate([images for _, images in batches])
+
+    def _show_samples(self) -> None:
+        """A picture with a row of samples per class."""
+        self._settle()
+        with self._aside():
+            shown = range(min(self._config.model.num_classes, _CLASSES_SHOWN))
+            labels = np.repeat(np.array(shown, np.int32), _SAMPLES_PER_CLASS)
+            images = self._draw(labels)
+            if distributed.is_main():
+                grid = figures.class_grid(figures.Labelled(images, labels), self._dataset.classes)
+                self._writer.image(self._step, "samples", np.asarray(grid))
+
+    def _evaluate(self) -> None:
+        """Metrics of as many samples as `eval` says, a row of `eval.jsonl`."""
+        self._settle()
+        judge = self._config.eval
+        with self._aside():
+            images = self._draw(np.arange(judge.num_samples, dtype=np.int32) % self._config.model.num_classes)
+            if distributed.is_main():
+                options = {"features": judge.features, "weights": judge.weights, "batch_size": judge.batch_size}
+                self._writer.scalars(self._step, evaluate.evaluate(images, judge.reference, **options).metrics, table="eval")
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Work beside the steps: the watchdog is patient and the clock of images/s stands still."""
+        self._watchdog.beat(patience=_PATIENCE)
+        yield
+        self._watchdog.beat()
+        if self._progress:
+            self._progress.restart_clock(self._step)
+
+    def _close_writers(self) -> None:
+        for each in (self._writer, self._progress):
+            if each is not None:
+                each.close()
+
+    def close(self) -> None:
+        """Ends threads and workers and flushes what was written."""
+        self._watchdog.stop()
+        if self._batches is not None:
+            self._batches.close()
+        self._close_writers()
