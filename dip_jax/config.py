@@ -6,6 +6,7 @@ overrides single keys; `from_config_dict` checks everything and returns frozen d
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -129,6 +130,7 @@ class Optim:
     def __post_init__(self):
         _one_of("optim.schedule", self.schedule, ("constant", "cosine"))
         _positive("optim", self, "learning_rate", "eps", "accumulate")
+        _not_negative("optim", self, "warmup_steps", "weight_decay")
         for name in ("b1", "b2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name}={getattr(self, name)} must lie in [0, 1)")
@@ -151,6 +153,7 @@ class Data:
 
     def __post_init__(self):
         _positive("data", self, "batch_size", "prefetch", "num_threads")
+        _not_negative("data", self, "num_workers")
         _one_of("data.on_bad_record", self.on_bad_record, ("error", "replace"))
 
 
@@ -169,6 +172,9 @@ class Mesh:
         sizes = (self.data, self.fsdp, self.tensor)
         if any(n == 0 or n < -1 for n in sizes) or sizes.count(-1) > 1:
             raise UserError(f"mesh data,fsdp,tensor={sizes} must be positive, with at most one -1 (the rest)")
+        for name, target in self.rules:
+            if target is not None:
+                _one_of(f"mesh.rules {name}", target, ("data", "fsdp", "tensor"))
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,7 @@ class Checkpoint:
 
     def __post_init__(self):
         _positive("checkpoint", self, "every_steps", "keep_last")
+        _not_negative("checkpoint", self, "keep_every")
 
 
 @dataclass(frozen=True)
@@ -201,8 +208,9 @@ class Sample:
         _positive("sample", self, "t_shift", "batch_size")
         if not 1 <= self.steps <= 1000:
             raise UserError(f"sample.steps={self.steps} must lie in 1..1000")
-        if not self.sde_noise >= 0:
-            raise UserError(f"sample.sde_noise={self.sde_noise} must not be negative")
+        _not_negative("sample", self, "sde_noise")
+        if not math.isfinite(self.guidance):
+            raise UserError(f"sample.guidance={self.guidance} must be a finite number")
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise UserError(f"sample.interval={self.interval} must be low,high with 0 <= low <= high <= 1")
 
@@ -237,6 +245,7 @@ class Train:
 
     def __post_init__(self):
         _positive("train", self, "steps", "log_every", "bad_steps")
+        _not_negative("train", self, "seed", "sample_every", "eval_every", "watchdog_seconds")
         _one_of("train.on_bad_steps", self.on_bad_steps, ("rollback", "abort"))
 
 
@@ -319,16 +328,20 @@ def _known(prefix: str, keys: Any, valid: Any) -> None:
 def _typed(key: str, value: Any, annotation: Any) -> Any:
     """`value` as the annotated type; int widens to float, a list becomes a tuple."""
     kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    kind = next(k for k in kinds if k is not types.NoneType)
     if value is None and types.NoneType in kinds:
         return None
+    kind = next(k for k in kinds if k is not types.NoneType)
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(tuple(item) if isinstance(item, list | tuple) else item for item in value)
-        kind = tuple
-    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        items = typing.get_args(kind)
+        if isinstance(value, list | tuple) and (items[-1] is Ellipsis or len(items) == len(value)):
+            items = items[:1] * len(value) if items[-1] is Ellipsis else items
+            return tuple(_typed(key, item, k) for item, k in zip(value, items, strict=True))
+        raise UserError(
+            f"config key {key}={value!r} must be {'a few' if items[-1] is Ellipsis else len(items)} values in a tuple"
+        )
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise UserError(f"config key {key}={value!r} must be {kind.__name__}, not {type(value).__name__}")
 
@@ -341,8 +354,14 @@ def _one_of(key: str, value: str, valid: Any) -> None:
 
 def _positive(section: str, values: Any, *names: str) -> None:
     for name in names:
-        if not getattr(values, name) > 0:
+        if not 0 < getattr(values, name) < math.inf:
             raise UserError(f"{section}.{name}={getattr(values, name)} must be positive")
+
+
+def _not_negative(section: str, values: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(values, name) < math.inf:
+            raise UserError(f"{section}.{name}={getattr(values, name)} must not be negative")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

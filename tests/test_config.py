@@ -69,6 +69,15 @@ def broken(section: str, **values) -> ConfigDict:
         ("sample", {"steps": 0}, ["steps=0", "1..1000"]),
         ("sample", {"interval": (0.9, 0.1)}, ["0.9"]),
         ("sample", {"solver": "eular"}, ["eular", "euler"]),
+        ("sample", {"interval": ("a", 1.0)}, ["sample.interval", "float"]),
+        ("sample", {"interval": (0.1, 0.5, 1.0)}, ["sample.interval", "2 values"]),
+        ("sample", {"guidance": float("nan")}, ["guidance=nan"]),
+        ("model", {"image_size": (64.0, 64.0)}, ["model.image_size", "int"]),
+        ("mesh", {"rules": (("embed", "nosuch"),)}, ["nosuch", "data, fsdp, tensor"]),
+        ("mesh", {"rules": ("embed",)}, ["mesh.rules"]),
+        ("train", {"sample_every": -1}, ["sample_every=-1"]),
+        ("optim", {"learning_rate": float("inf")}, ["learning_rate=inf"]),
+        ("data", {"num_workers": -1}, ["num_workers=-1"]),
     ],
 )
 def test_mistakes_name_themselves(section, values, words):
