@@ -58,7 +58,7 @@ def test_the_network_names_itself_and_its_weights():
 
 
 def test_an_unknown_network_and_weights_that_lite0_has_no_use_for():
-    with pytest.raises(UserError, match="features='resnet' is unknown: it is one of lite0"):
+    with pytest.raises(UserError, match="features='resnet' is unknown: it is one of inception, lite0"):
         features.open_network("resnet")
     with pytest.raises(UserError, match="brings its own weights"):
         features.open_network("lite0", "inception.pb")
