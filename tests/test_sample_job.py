@@ -50,7 +50,8 @@ def test_grid_npz_and_folder_hold_the_same_samples(workdir, tmp_path):
     grid = np.asarray(Image.open(out["grid.png"]))
     corner = np.kron(images[0], np.ones((6, 6, 1), np.uint8))  # enlarged to 96 pixels
     assert any(np.array_equal(grid[16:112, left : left + 96], corner) for left in range(grid.shape[1] - 96))
-    assert Image.open(out["steps.png"]).size[0] > 3 * 96
+    with Image.open(out["steps.png"]) as strip:
+        assert strip.size[0] > 3 * 96
 
 
 def test_settings_state_the_protocol(workdir, tmp_path):
