@@ -1,6 +1,7 @@
 """Flags and dispatch: `python -m dip_jax COMMAND [flags]`."""
 
 import importlib
+import os
 import sys
 
 from absl import flags, logging
@@ -39,7 +40,20 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as mistake:
         print(f"dip_jax {command}: {mistake}", file=sys.stderr)
         return Exit.USER_ERROR
+    except (RuntimeError, AssertionError):  # how JAX reports a platform that is not there, wherever it is first needed
+        if _has_devices():
+            raise
+        asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')} asks for an accelerator that is not there"
+        print(f"dip_jax {command}: {asked}: install the extra for it (cuda or tpu), or set JAX_PLATFORMS=cpu", file=sys.stderr)
+        return Exit.USER_ERROR
     return Exit.DONE
+
+
+def _has_devices() -> bool:
+    try:
+        return bool(importlib.import_module("jax").devices())
+    except (RuntimeError, AssertionError):
+        return False
 
 
 def _run(command: str, argv: list[str]) -> None:

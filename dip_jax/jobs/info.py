@@ -32,6 +32,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 
 def run(flags: absl_flags.FlagValues) -> None:
     """The command."""
+    jax.config.update("jax_platforms", "cpu")  # a plan must not take an accelerator that another process uses
     config = command_line.read_config(flags)
     facts = describe(config, mesh=read_mesh(flags.mesh) if flags.mesh else config.mesh)
     if flags.json:

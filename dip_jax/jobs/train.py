@@ -54,7 +54,7 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
     """
     workdir = guard.absolute(workdir)
     distributed.start()
-    devices = _devices()
+    devices = jax.devices()
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(guard.Signals(shared=jax.process_count() > 1))
         distributed.require_same("the config", json.dumps(to_dict(config)))
@@ -83,13 +83,3 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         stack.callback(job.close)
         job.prepare(found)
         job.loop()
-
-
-def _devices() -> list[jax.Device]:
-    try:
-        return jax.devices()
-    except RuntimeError as error:
-        raise UserError(
-            f"JAX_PLATFORMS={jax.config.jax_platforms} asks for an accelerator that is not there "
-            f"({str(error).splitlines()[0]}): install the extra for it, or unset JAX_PLATFORMS"
-        ) from error
