@@ -115,6 +115,7 @@ class Nursery:
 
     def __exit__(self, *exc: object) -> None:
         self._process.stdin.close()
+        self._process.stdout.close()
         self._process.wait(30)
 
     def ask(self, request: Mapping[str, object]) -> dict:
