@@ -9,7 +9,6 @@ import numpy as np
 from dip_jax import config, drawing
 from dip_jax.data import pipeline
 from dip_jax.jobs.sample import interleave
-from dip_jax.metrics import image_sets
 from dip_jax.metrics.image_sets import ImageSet
 from dip_jax.models import dip
 from dip_jax.typing import Params
@@ -40,24 +39,23 @@ def drawn_samples(
 
 
 def dataset_images(dataset: pipeline.Dataset, *, count: int | None = None, phase: float = 0.0) -> ImageSet:
-    """The images of a prepared dataset: all of them as a stream, or `count` with labels, spread evenly over it and in memory.
+    """The images of a prepared dataset, read when they are needed: all of them, or `count` with labels, spread evenly over it.
 
     `phase` in [0, 1) shifts the chosen records by that part of their distance: other phases give other images.
     """
-    name = f"{dataset.folder.parent.name}/{dataset.folder.name}"
-    if count is not None:
-        count = min(count, len(dataset))
-        indices = ((np.arange(count) + phase) * len(dataset) / count).astype(np.int64)
-        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-            records = list(pool.map(dataset.__getitem__, indices.tolist()))
-        labels = np.array([record["label"] for record in records], np.int32)
-        return image_sets.from_array(np.stack([record["image"] for record in records]), labels, name=name)
+    total = len(dataset)
+    chosen = (
+        np.arange(total) if count is None else ((np.arange(min(count, total)) + phase) * total / min(count, total)).astype(int)
+    )
+    labels = None if count is None else np.array([dataset.label(i) for i in chosen.tolist()], np.int32)
 
     def batches(size: int) -> Iterator[np.ndarray]:
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-            for start in range(0, len(dataset), size):
-                rows = range(start, min(start + size, len(dataset)))
+            for start in range(0, len(chosen), size):
+                rows = chosen[start : start + size].tolist()
                 yield np.stack([record["image"] for record in pool.map(dataset.__getitem__, rows)])
 
+    name = f"{dataset.folder.parent.name}/{dataset.folder.name}"
+    part = "" if count is None else f":{len(chosen)}:{phase}"
     shape = (dataset.image_size, dataset.image_size, 3)
-    return ImageSet(name, len(dataset), shape, batches, fingerprint=f"{dataset.fingerprint}:{dataset.image_size}")
+    return ImageSet(name, len(chosen), shape, batches, labels, f"{dataset.fingerprint}:{dataset.image_size}{part}")

@@ -82,7 +82,8 @@ def evaluate(
     """
     drawn = _sample_set(samples)
     network = feature_networks.open_network(features, weights)
-    judge = Judge(network, _reference_set(reference), gallery=gallery, batch_size=batch_size, cache=cache)
+    against = _reference_set(reference, image_size=drawn.image_shape[0])
+    judge = Judge(network, against, gallery=gallery, batch_size=batch_size, cache=cache)
     return Evaluation(judge(drawn), judge.protocol(), judge.notes(drawn.count))
 
 
@@ -95,7 +96,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string("features", None, "inception or lite0; default: the run's config, else lite0", **own)
     absl_flags.DEFINE_string("weights", None, "file of Inception weights; default: the run's config", **own)
     absl_flags.DEFINE_string("out", None, "FILE.json; with --workdir by default WORKDIR/evaluation.json", **own)
-    absl_flags.DEFINE_integer("batch_size", 50, "images per call of the feature network", lower_bound=1, **own)
+    absl_flags.DEFINE_integer("batch_size", None, "images per call of the feature network; default: the config's", **own)
     absl_flags.DEFINE_integer("num_samples", None, "with --workdir: samples per row; default: the run's config", **own)
     absl_flags.DEFINE_integer("seed", 0, "with --workdir: seed of the samples", **own)
     absl_flags.DEFINE_bool("quick", False, "with --workdir: leave out the row of the raw (not averaged) weights", **own)
@@ -122,7 +123,7 @@ def _judge_file(flags: absl_flags.FlagValues) -> None:
         flags.reference,
         features=flags.features or config.Eval().features,
         weights=flags.weights or "",
-        batch_size=flags.batch_size,
+        batch_size=flags.batch_size or config.Eval().batch_size,
         cache=flags.cache,
     )
     sampling = sample_files.read_settings(flags.samples)
@@ -137,15 +138,20 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     reference = flags.reference or wanted.reference
     if not reference:
         raise UserError("--reference is missing and the run's config names none (eval.reference): name an .npz or a dataset")
-    network = feature_networks.open_network(flags.features or wanted.features, flags.weights or wanted.weights)
+    features = flags.features or wanted.features
+    weights = flags.weights or (wanted.weights if features == wanted.features else "")
+    network = feature_networks.open_network(features, weights)
     size, data = run_config.model.image_size[0], run_config.data
     train = pipeline.open_dataset(data.path, image_size=size, source=data.source)
     gallery = candidates.dataset_images(train, count=GALLERY) if train.num_classes <= _MOST_CLASSES else None
-    judge = Judge(network, _reference_set(reference), gallery=gallery, batch_size=flags.batch_size, cache=flags.cache)
+    batch_size = flags.batch_size or wanted.batch_size
+    against = _reference_set(reference, image_size=size)
+    judge = Judge(network, against, gallery=gallery, batch_size=batch_size, cache=flags.cache)
     count = flags.num_samples or wanted.num_samples
     real = candidates.dataset_images(train, count=count, phase=0.5)
     drawn = {"seed": flags.seed, "options": run_config.sample}
-    rows = [{"row": "real training images"} | judge(real)]
+    shown_real: list[np.ndarray] = []
+    rows = [{"row": "real training images"} | judge(_keeping(real, shown_real))]
     for weights in ("initial", "ema") if flags.quick else ("initial", "raw", "ema"):
         model, params = checkpoint.load(path, weights=weights, verify=False)
         samples = candidates.drawn_samples(model, params, count=count, name=_ROWS[weights], **drawn)
@@ -157,8 +163,8 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     file = report.write_report(
         workdir / "report.html",
         title="DiP",
-        samples=figures.Labelled(np.concatenate(shown), samples.labels[: sum(map(len, shown))]),
-        real=figures.Labelled(np.concatenate(list(real.batches(count))), real.labels),
+        samples=_pictures(shown, samples),
+        real=_pictures(shown_real, real),
         class_names=train.classes,
         trajectory=drawing.draw_frames(model, params, labels=samples.labels[:_FRAMES], **drawn),
         history=writers.read_rows(workdir / "metrics.jsonl"),
@@ -193,8 +199,9 @@ def _keeping(images: ImageSet, shown: list[np.ndarray]) -> ImageSet:
     return dataclasses.replace(images, batches=batches)
 
 
-def _pictures(images: ImageSet) -> figures.Labelled:
-    return figures.Labelled(np.concatenate(list(images.batches(images.count))), images.labels)
+def _pictures(shown: Sequence[np.ndarray], images: ImageSet) -> figures.Labelled:
+    """What `_keeping` kept of `images`."""
+    return figures.Labelled(np.concatenate(shown), images.labels[: sum(map(len, shown))])
 
 
 def _with_progress(images: ImageSet) -> ImageSet:
@@ -213,14 +220,14 @@ def _sample_set(samples: Any) -> ImageSet:
     return image_sets.from_array(samples) if isinstance(samples, np.ndarray) else image_sets.from_npz(samples)
 
 
-def _reference_set(reference: Any) -> ImageSet | ReferenceFile:
+def _reference_set(reference: Any, *, image_size: int) -> ImageSet | ReferenceFile:
     if isinstance(reference, ImageSet | ReferenceFile):
         return reference
     if isinstance(reference, np.ndarray):
         return image_sets.from_array(reference)
     if os.fspath(reference).endswith(".npz"):
         return image_sets.read_reference(reference)
-    return candidates.dataset_images(pipeline.open_dataset(reference))
+    return candidates.dataset_images(pipeline.open_dataset(reference, image_size=image_size))
 
 
 def _tell(rows: Sequence[Mapping], protocol: Mapping, notes: Sequence[str], sampling: Mapping, *, out: Any) -> None:

@@ -225,7 +225,7 @@ def _save_picture(out: str, picture: Image.Image) -> None:
 def _class_names(run: config.Config, model: dip.DiP) -> list[str]:
     """The dataset's names where it is at hand, else numbers."""
     try:
-        names = pipeline.open_dataset(run.data.path).classes if run.data.path else []
+        names = pipeline.open_dataset(run.data.path, image_size=run.model.image_size[0]).classes if run.data.path else []
     except UserError:
         names = []
     return names if len(names) == model.config.num_classes else [f"class {i}" for i in range(model.config.num_classes)]
