@@ -182,7 +182,8 @@ def load(path: epath.PathLike, *, weights: str = "ema", verify: bool = True) -> 
 
     Args:
         path: a workdir (its newest undamaged step is used), a step directory, or what `convert` wrote.
-        weights: "ema" (what samples are drawn from), "raw" (the last update), or "initial" (step 0, made anew from the seed).
+        weights: "ema" (what samples are drawn from), "raw" (the last update), or "initial" (step 0, made anew from the
+            seed and `train.init_from`).
         verify: check the SHA-256 manifest first.
 
     Returns:
@@ -198,7 +199,9 @@ def load(path: epath.PathLike, *, weights: str = "ema", verify: bool = True) -> 
     record = read_record(path)
     model = dip.from_config(record.config.model)
     if weights == "initial":
-        return model, jax.jit(model.init)(jax.random.key(record.config.train.seed))
+        params = jax.jit(model.init)(jax.random.key(record.config.train.seed))
+        origin = record.config.train.init_from
+        return model, dip.init_backbone(params, load(origin)[1]) if origin else params
     params = jax.eval_shape(model.init, jax.random.key(0))
     if weights == "ema":
         return model, _read(path / "ema", params)

@@ -236,6 +236,7 @@ class Train:
 
     steps: int = 800_729  # 160 epochs of ImageNet at batch 256
     seed: int = 0
+    init_from: str = ""  # checkpoint whose backbone a new run starts from (section 3.4); set by --init_from
     log_every: int = 100
     sample_every: int = 5000  # a grid drawn from the EMA; 0 is never
     eval_every: int = 0  # a small FID of the EMA; 0 is never

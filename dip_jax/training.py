@@ -16,6 +16,7 @@ from dip_jax.data import pipeline
 from dip_jax.errors import Exit, Interrupted
 from dip_jax.jobs import evaluate
 from dip_jax.models import dip
+from dip_jax.typing import Params
 
 _PATIENCE = 10.0  # the watchdog waits this many times longer for compiling, saving and sampling
 _SAMPLES_PER_CLASS = 6
@@ -40,6 +41,7 @@ class Run:
         self._open_data(found, salt=found.record.data["salt"] if found else 0)
         self._model = dip.from_config(config.model)
         self._optimizer = optim.make_optimizer(config.optim, total_steps=config.train.steps)
+        self._backbone = None if found else self._read_backbone()
         self._watchdog.beat(patience=_PATIENCE)
         self._shardings = state.state_shardings(self._model, self._optimizer, self._mesh, zero1=config.mesh.zero1)
         self._train_step = step.compile_train_step(
@@ -70,6 +72,16 @@ class Run:
             start_step=found.step if found else 0,
         )
 
+    def _read_backbone(self) -> Params | None:
+        """The weights of `train.init_from`, once they are seen to fit."""
+        origin = self._config.train.init_from
+        if not origin:
+            return None
+        backbone = checkpoint.load(origin)[1]
+        jax.eval_shape(dip.init_backbone, jax.eval_shape(self._model.init, jax.random.key(0)), backbone)
+        distributed.say(f"the backbone starts from {origin}")
+        return backbone
+
     def _start_from(self, found: checkpoint.Found | None) -> None:
         """Puts the state, the counters and the tables where the checkpoint (or the seed) says."""
         self._step = found.step if found else 0
@@ -81,6 +93,11 @@ class Run:
             distributed.say(f"going on from step {found.step} of {self._workdir}")
         else:
             self._state = state.init_sharded(self._model, self._optimizer, self._config.train.seed, self._shardings)
+            if self._backbone is not None:
+                params = jax.device_put(dip.init_backbone(self._state.params, self._backbone), self._shardings.params)
+                self._state = self._state.replace(
+                    params=params, ema=jax.device_put(params, self._shardings.ema, may_alias=False)
+                )
         if distributed.is_main():
             self._close_writers()
             self._writer = writers.Writer(self._workdir, resume_step=self._step)

@@ -9,6 +9,7 @@ devices. Options that decide what is learnt may not change within a workdir; --a
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Collection
 
@@ -26,6 +27,9 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     """Adds the command's flags."""
     command_line.define_config(flags)
     absl_flags.DEFINE_string("workdir", None, "where checkpoints, metrics and images go", flag_values=flags)
+    absl_flags.DEFINE_string(
+        "init_from", "", "checkpoint whose backbone a new run starts from, such as a DiT-only one", flag_values=flags
+    )
     absl_flags.DEFINE_list(
         "allow_change", [], "config keys that may differ from the workdir's, such as optim.learning_rate", flag_values=flags
     )
@@ -35,7 +39,12 @@ def run(flags: absl_flags.FlagValues) -> None:
     """The command."""
     if not flags.workdir:
         raise UserError("--workdir is missing: name a directory, such as --workdir=runs/demo")
-    train(command_line.read_config(flags), workdir=flags.workdir, allow_change=flags.allow_change)
+    config = command_line.read_config(flags)
+    if flags.init_from:
+        config = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, init_from=str(guard.absolute(flags.init_from)))
+        )
+    train(config, workdir=flags.workdir, allow_change=flags.allow_change)
 
 
 def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[str] = ()) -> None:
