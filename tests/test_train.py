@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -135,13 +136,16 @@ def test_unwritable_workdir_and_second_run_are_refused(tmp_path, dataset, no_com
     lock.release()
 
 
-def test_missing_accelerator_is_one_line(monkeypatch):
-    def devices():
-        raise RuntimeError("Unable to initialize backend 'cuda': no such thing\nmore")
-
-    monkeypatch.setattr(jax, "devices", devices)
-    with pytest.raises(UserError, match=r"asks for an accelerator that is not there .*no such thing\): install"):
-        train.train(config.Config(), workdir="nowhere")
+@pytest.mark.parametrize("command", ["train --config=configs/demo.py --workdir=nowhere", "sample --checkpoint={} --out=x.png"])
+def test_missing_accelerator_is_one_line(command, finished, tmp_path):
+    argv = [sys.executable, "-m", "dip_jax", *command.format(finished).split()]
+    environment = {**os.environ, "JAX_PLATFORMS": "tpu", "PYTHONPATH": str(ROOT), "TPU_SKIP_MDS_QUERY": "1"}
+    if command.startswith("train"):
+        argv[argv.index("--config=configs/demo.py")] = f"--config={ROOT / 'configs' / 'demo.py'}"
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == Exit.USER_ERROR
+    assert "JAX_PLATFORMS=tpu asks for an accelerator that is not there" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
