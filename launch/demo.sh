@@ -34,7 +34,7 @@ source "$ROOT/launch/env.sh" "$accelerator"
 dip=("$ROOT/.venv/bin/python" -m dip_jax)
 
 cd "$ROOT"
-[ -f "$dataset/dataset.json" ] || "${dip[@]}" prepare --source=photo_crops --image_size=64 --out="$dataset"
+"${dip[@]}" prepare --source=photo_crops --image_size=64 --out="$dataset"
 "${dip[@]}" train --config=configs/demo.py --workdir="$workdir" --config.data.path="$dataset" \
   --config.eval.reference="$dataset/validation" "${train_flags[@]+"${train_flags[@]}"}"
 "${dip[@]}" evaluate --workdir="$workdir" "${evaluate_flags[@]+"${evaluate_flags[@]}"}"
