@@ -9,4 +9,4 @@ bash "$ROOT/launch/install.sh" --accelerator cpu --extra test
 cd "$ROOT"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest --numprocesses=auto "$@"

@@ -235,13 +235,14 @@ def test_workers_die_with_a_killed_parent(dataset, tmp_path):
 def test_signals_meant_for_the_trainer_leave_its_workers_reading(dataset):
     data = config.Data(batch_size=4, num_workers=2, num_threads=1)
     stream = iter(pipeline.host_batches(dataset, data, rows=range(4), seed=0))
-    next(stream)
+    for _ in range(4):  # until both workers have started and read
+        next(stream)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(worker.pid, number)
-    for step in range(1, 20):
+    for step in range(4, 20):
         found = [number_of(image) for image in next(stream)["image"]]
         assert found == pipeline.batch_indices(COUNT, batch_size=4, seed=0, step=step).tolist()
     stream.close()

@@ -1,6 +1,7 @@
 """A run whose backbone starts from a DiT-only checkpoint (section 3.4)."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -34,11 +35,12 @@ def test_the_backbone_comes_from_the_checkpoint_and_the_head_from_the_seed(datas
     backbone = dit_only(run, tmp_path / "dit")
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, init_from=str(tmp_path / "dit")))
     train.train(run, workdir=tmp_path / "run")
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-7)  # one step at a rate of 1e-30, averaged
     fresh = jax.jit(dip.from_config(run.model).init)(jax.random.key(run.train.seed))
     for weights in ("raw", "ema", "initial"):
         _, params = checkpoint.load(tmp_path / "run", weights=weights)
-        jax.tree.map(np.testing.assert_array_equal, params["blocks"], backbone["blocks"])
-        jax.tree.map(np.testing.assert_array_equal, params["head"], fresh["head"])
+        jax.tree.map(close, params["blocks"], backbone["blocks"])
+        jax.tree.map(close, params["head"], fresh["head"])
 
 
 def test_weights_that_do_not_fit_are_refused_before_compiling(dataset, tmp_path):

@@ -54,7 +54,7 @@ def random_params(**changed):
 
 def batch(size=2, image_size=(16, 8)):
     x = jax.random.normal(jax.random.key(2), (size, *image_size, 3))
-    return x, jnp.linspace(0.1, 0.9, size), jnp.arange(size, dtype=jnp.int32)
+    return x, jnp.linspace(0.1, 0.9, size), jnp.arange(size, dtype=jnp.int32) % 6
 
 
 def weighted(output):
@@ -162,23 +162,24 @@ def test_rematerialisation_changes_memory_and_nothing_else(scan):
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_rematerialisation_is_really_on(scan):
-    """The compiled backward pass multiplies more matrices with "full" than without, and no more with "dots"."""
+    """The backward pass multiplies more matrices with "full" than without; the head's is fenced off from its forward pass."""
 
-    def products(**changed):
+    def lowered(**changed):
         model = small(head="mlp", depth=3, scan_layers=scan, **changed)
         params = jax.eval_shape(model.init, jax.random.key(0))
         gradient = jax.jit(jax.grad(lambda p: weighted(model.apply(p, *batch()))))
-        return gradient.lower(params).as_text().count("stablehlo.dot_general")
+        return gradient.lower(params).as_text()
 
-    none, dots, full = (products(remat=remat) for remat in ("none", "dots", "full"))
+    none, dots, full = (lowered(remat=remat).count("stablehlo.dot_general") for remat in ("none", "dots", "full"))
     assert full > none
     assert none <= dots < full
-    assert products(remat="none", head_remat=True) > none
+    assert "optimization_barrier" not in lowered(head_remat=False)
+    assert "optimization_barrier" in lowered(head_remat=True)
 
 
 @pytest.mark.parametrize(("head", "place"), [*((head, "post_hoc") for head in HEADS), ("unet", "hybrid")])
 def test_bfloat16_stays_close_to_float32(head, place):
-    """Bound: 4 % of the output's norm; measured 0.5 to 1.5 %."""
+    """Bound: 4 % of the output's norm."""
     exact, _ = run(head=head, placement=place)
     model = small(head=head, placement=place, dtype="bfloat16")
     rough = jax.jit(model.apply)(random_params(head=head, placement=place), *batch())
@@ -276,7 +277,8 @@ def test_backbone_starts_from_a_dit_only_checkpoint(place):
 
 def test_backbone_of_another_size_is_refused():
     with pytest.raises(UserError, match=r"do not fit this model: .*blocks.* instead of"):
-        init_backbone(random_params(head="unet"), jax.eval_shape(small(head="none", depth=3).init, jax.random.key(0)))
+        other = jax.eval_shape(small(head="none", depth=3).init, jax.random.key(0))
+        jax.eval_shape(init_backbone, random_params(head="unet"), other)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +291,7 @@ def test_backbone_of_another_size_is_refused():
         ({"name": "DiP-XL"}, "not DiP-SIZE/PATCH"),
         ({"name": "DiP-XXL/16"}, "unknown: it is one of tiny, S"),
         ({"head_widht": 3}, "unknown model fields head_widht"),
-        ({"head": "attention", "head_width": 100}, "multiple of 64"),
+        ({"head": "attention", "head_width": 130}, "multiple of 64"),
         ({"image_size": 250}, "not a multiple of model.patch_size"),
     ],
 )
@@ -300,5 +302,5 @@ def test_what_cannot_be_built_is_refused_in_one_line(mistake, message):
 
 
 def test_images_of_another_size_are_refused():
-    with pytest.raises(UserError, match=r"do not fit: model.image_size=\(16, 8\)"):
+    with pytest.raises(UserError, match=r"do not fit model.image_size=\(16, 8\)"):
         small(head="mlp").apply(random_params(head="mlp"), *batch(image_size=(8, 16)))

@@ -128,7 +128,9 @@ def kill_when(process, condition):
 def check_kills(workdir, folder, points):
     """Kills one run after another at each point (a number of finished batches, or the name of a file), then lets it end."""
     whole, out = folder / "whole.npz", folder / "killed.npz"
-    assert start(workdir, whole).wait() == 0
+    undisturbed = start(workdir, whole)
+    undisturbed.communicate()
+    assert undisturbed.returncode == 0
     parts = folder / "killed.npz.parts"
     stamps = {}
     killed = 0

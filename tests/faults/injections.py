@@ -111,7 +111,8 @@ def nan_parameter() -> None:
             state, metrics = inner(state, batch, key)
             if not harmed and int(jax.device_get(state.step)) == 6:
                 harmed.append(True)
-                params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan, device=leaf.sharding), state.params)
+                with jax.transfer_guard("allow"):
+                    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan, device=leaf.sharding), state.params)
                 state = state.replace(params=params)
             return state, metrics
 
