@@ -27,5 +27,5 @@ def get_config() -> ConfigDict:
     config.checkpoint.update(every_steps=1000, keep_last=2)
     config.sample.update(steps=30, guidance=2.0, interval=(0.0, 1.0), batch_size=100)
     config.eval.update(reference="datasets/photo_crops/validation", num_samples=500)
-    config.train.update(steps=5200, log_every=50, sample_every=1300)
+    config.train.update(steps=3800, log_every=50, sample_every=1900)
     return config
