@@ -31,9 +31,7 @@ def reference(nursery, config, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-@pytest.mark.parametrize(
-    "kills", [pytest.param(4, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.campaign)], ids=str
-)
+@pytest.mark.parametrize("kills", [pytest.param(100, marks=pytest.mark.campaign)], ids=str)
 def test_kills_at_random_moments(nursery, config, reference, tmp_path, kills):
     rng = random.Random(0)
     done = runs = 0
@@ -58,9 +56,7 @@ def test_kills_at_random_moments(nursery, config, reference, tmp_path, kills):
     print(f"{done} kills in {runs} runs: every curve equals the reference")
 
 
-@pytest.mark.parametrize(
-    "kills", [pytest.param(2, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.campaign)], ids=str
-)
+@pytest.mark.parametrize("kills", [pytest.param(20, marks=pytest.mark.campaign)], ids=str)
 def test_kills_while_old_steps_are_deleted(nursery, config, reference, tmp_path, kills):
     rng = random.Random(1)
     config = harness.tiny_config(pathlib.Path(config.data.path), train__steps=STEPS, checkpoint__keep_last=1)

@@ -38,7 +38,7 @@ def finish(nursery, config, workdir, reference) -> None:
     harness.check_curve(workdir, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 @pytest.mark.parametrize("told", [(0,), (1,), (0, 1)], ids=str)
 def test_all_save_the_same_step_whoever_was_told(nursery, config, reference, tmp_path, told, number):
@@ -55,7 +55,7 @@ def test_all_save_the_same_step_whoever_was_told(nursery, config, reference, tmp
     finish(nursery, config, workdir, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_survivor_ends_by_itself_and_the_pair_restarts(nursery, config, reference, tmp_path, victim, number):
@@ -73,7 +73,7 @@ def test_the_survivor_ends_by_itself_and_the_pair_restarts(nursery, config, refe
     finish(nursery, config, workdir, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 4), (4, 2)], ids=str)
 def test_another_process_count_goes_on_with_the_same_batches(nursery, config, reference, tmp_path, first, then):
     workdir = tmp_path / "run"
@@ -86,7 +86,7 @@ def test_another_process_count_goes_on_with_the_same_batches(nursery, config, re
     assert [row["loss"] for row in actual] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_process_with_another_config_is_refused_by_all(nursery, config, tmp_path):
     other = harness.tiny_config(pathlib.Path(config.data.path), train__steps=STEPS, optim__learning_rate=0.5)
     pair = nursery.start_several(2, config, tmp_path / "run", others=other)
@@ -94,7 +94,7 @@ def test_a_process_with_another_config_is_refused_by_all(nursery, config, tmp_pa
     assert all("the config of process [1] differs from process 0's" in child.log for child in pair)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_an_unreachable_coordinator_is_one_line(nursery, config, tmp_path):
     environment = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
     child = nursery.start(config, tmp_path / "run", environment=environment)
