@@ -2,7 +2,7 @@
 
 Command:   bash launch/demo.sh
 Hardware:  2 CPU cores, 6 GiB of memory
-Expected:  15 minutes; every class plain to see, numbers in README.md
+Expected:  13 minutes; every class plain to see, numbers in README.md
 """
 
 from ml_collections import ConfigDict
