@@ -27,7 +27,7 @@ class Interrupted(Exception):
 
     Args:
         message: one line for the user, usually the command that goes on.
-        code: `Exit.PREEMPTED` or `Exit.INTERRUPTED`.
+        code: anything but `Exit.DONE`: preempted, interrupted, numbers gone bad, inputs rejected.
     """
 
     def __init__(self, message: str, *, code: Exit):

@@ -12,7 +12,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 from etils import epath
 
@@ -241,13 +240,6 @@ class Watchdog:
         """Starts the wait anew; `patience` lengthens it for what is known to be slow (compiling, saving, sampling)."""
         if self._seconds > 0:
             faulthandler.dump_traceback_later(self._seconds * patience, exit=True, file=sys.__stderr__)
-
-    @contextlib.contextmanager
-    def patient(self, times: float = 10.0) -> Iterator[None]:
-        """A longer wait inside the block."""
-        self.beat(patience=times)
-        yield
-        self.beat()
 
     def stop(self) -> None:
         """No more waiting."""

@@ -19,7 +19,6 @@ _CURVES = (
     ("loss", "Training loss"),
     ("images_per_second", "Speed, images per second"),
     ("grad_norm", "Gradient norm"),
-    ("learning_rate", "Learning rate"),
 )
 _PACKAGES = ("dip_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "Pillow")
 
@@ -82,7 +81,7 @@ def write_report(
         real: training images to show beside them.
         class_names: names of all classes.
         trajectory: the way from noise to image of a few samples, from `drawing.draw_frames`; None leaves it out.
-        history: rows of metrics.jsonl; "step" with "loss", "images_per_second", "grad_norm", "learning_rate" where known.
+        history: rows of metrics.jsonl; "step" with "loss", "images_per_second", "grad_norm" where known.
         metrics: rows of the table, all with the same keys in the same order; the first names the row, N is one of them.
         config: of the run.
         notes: sentences under the table: how the metrics were taken, and what they do not show.
