@@ -69,7 +69,7 @@ class Child:
     def __init__(self, nursery: "Nursery", pid: int, log: pathlib.Path):
         self._nursery, self.pid, self._log = nursery, pid, log
 
-    def wait(self, timeout: float = 120.0) -> int:
+    def wait(self, timeout: float = 300.0) -> int:
         """Its exit code; negative for a signal."""
         return self._nursery.ask({"wait": self.pid, "timeout": timeout})["code"]
 
@@ -86,7 +86,7 @@ class Child:
         """What it has printed so far."""
         return self._log.read_text()
 
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 120.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 300.0) -> None:
         """Waits until something is true, or fails with the child's log."""
         end = time.monotonic() + timeout
         while not condition():

@@ -9,31 +9,22 @@ import pytest
 
 from dip_jax import checkpoint, steps
 from dip_jax.config import Checkpoint
-from dip_jax.errors import Exit
 from faults import harness
 
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
-    scratch = tmp_path_factory.mktemp("damage")
-    config = harness.tiny_config(harness.make_dataset(scratch / "set"), train__steps=4)
-    with harness.Nursery(scratch) as nursery:
-        code, log = nursery.run(config, scratch / "run")
-    assert code == Exit.DONE, log
-    return scratch / "run"
+CHANGES = {"train__steps": 4}
 
 
 @pytest.mark.parametrize(
     "tries", [pytest.param(20, marks=pytest.mark.slow), pytest.param(600, marks=pytest.mark.campaign)], ids=str
 )
-def test_no_harm_restores_wrong_numbers(pristine, tmp_path, tries):
+def test_no_harm_restores_wrong_numbers(reference, tmp_path, tries):
     rng = random.Random(0)
-    _, expected = checkpoint.load(pristine)
-    victims = [path.relative_to(pristine) for path in harness.files_of(pristine / "checkpoints" / "4")]
+    _, expected = checkpoint.load(reference)
+    victims = [path.relative_to(reference) for path in harness.files_of(reference / "checkpoints" / "4")]
     seen = dict.fromkeys(harness.HARMS, 0)
     for number in range(tries):
         workdir = tmp_path / "run"
-        shutil.copytree(pristine, workdir)
+        shutil.copytree(reference, workdir)
         victim = workdir / victims[number % len(victims)]
         harm = rng.choice(sorted(harness.HARMS)) if victim.stat().st_size else "delete"
         harness.HARMS[harm](victim, rng)
@@ -48,6 +39,6 @@ def test_no_harm_restores_wrong_numbers(pristine, tmp_path, tries):
             assert (workdir / "checkpoints" / "damaged" / "4").is_dir()
             seen[harm] += 1
         shutil.rmtree(workdir)
-    equal = jax.tree.map(lambda a, b: np.array_equal(a, b), checkpoint.load(pristine)[1], expected)
+    equal = jax.tree.map(lambda a, b: np.array_equal(a, b), checkpoint.load(reference)[1], expected)
     assert jax.tree.all(equal)
     print(f"{seen} over {len(victims)} files: each seen, set aside, and the step before used")

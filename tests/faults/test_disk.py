@@ -16,29 +16,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with harness.Nursery(tmp_path_factory.mktemp("logs")) as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return harness.tiny_config(
-        harness.make_dataset(tmp_path_factory.mktemp("data") / "set"),
-        train__steps=30,
-        checkpoint__keep_last=100,
-        model__width=64,
-        model__num_heads=4,
-    )
-
-
-@pytest.fixture(scope="module")
-def reference(nursery, config, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("reference") / "run"
-    assert nursery.run(config, workdir)[0] == Exit.DONE
-    return workdir
-
+CHANGES = {"train__steps": 30, "checkpoint__keep_last": 100, "model__width": 64, "model__num_heads": 4}
 
 # When one of several writes fails, Orbax closes its event loop while TensorStore's threads still report the others to it.
 # Python prints that from C++, past every handler of ours; it says nothing about the run.

@@ -1,6 +1,5 @@
 """SIGKILL at random moments: no step beyond the last complete save is lost, and the curve is that of the unharmed run."""
 
-import pathlib
 import random
 import signal
 
@@ -9,26 +8,7 @@ import pytest
 from dip_jax.errors import Exit
 from faults import harness
 
-STEPS = 300
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with harness.Nursery(tmp_path_factory.mktemp("logs")) as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return harness.tiny_config(harness.make_dataset(tmp_path_factory.mktemp("data") / "set"), train__steps=STEPS)
-
-
-@pytest.fixture(scope="module")
-def reference(nursery, config, tmp_path_factory) -> pathlib.Path:
-    workdir = tmp_path_factory.mktemp("reference") / "run"
-    code, log = nursery.run(config, workdir)
-    assert code == Exit.DONE, log
-    return workdir
+CHANGES = {"train__steps": 100}
 
 
 @pytest.mark.parametrize("kills", [pytest.param(100, marks=pytest.mark.campaign)], ids=str)
@@ -57,9 +37,9 @@ def test_kills_at_random_moments(nursery, config, reference, tmp_path, kills):
 
 
 @pytest.mark.parametrize("kills", [pytest.param(20, marks=pytest.mark.campaign)], ids=str)
-def test_kills_while_old_steps_are_deleted(nursery, config, reference, tmp_path, kills):
+def test_kills_while_old_steps_are_deleted(nursery, changed, reference, tmp_path, kills):
     rng = random.Random(1)
-    config = harness.tiny_config(pathlib.Path(config.data.path), train__steps=STEPS, checkpoint__keep_last=1)
+    config = changed(checkpoint__keep_last=1)
     workdir, done = tmp_path / "run", 0
     root = workdir / "checkpoints"
     while done < kills:

@@ -9,18 +9,7 @@ import pytest
 from dip_jax.errors import Exit
 from faults import harness
 
-STEPS = 14
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with harness.Nursery(tmp_path_factory.mktemp("logs")) as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return harness.tiny_config(harness.make_dataset(tmp_path_factory.mktemp("data") / "set"), train__steps=STEPS)
+CHANGES = {"train__steps": 14}
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +64,9 @@ def test_the_survivor_ends_by_itself_and_the_pair_restarts(nursery, config, refe
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 4), (4, 2)], ids=str)
-def test_another_process_count_goes_on_with_the_same_batches(nursery, config, reference, tmp_path, first, then):
+def test_another_process_count_goes_on_with_the_same_batches(nursery, config, changed, reference, tmp_path, first, then):
     workdir = tmp_path / "run"
-    half = harness.tiny_config(pathlib.Path(config.data.path), train__steps=6)
-    for count, part in ((first, half), (then, config)):
+    for count, part in ((first, changed(train__steps=6)), (then, config)):
         group = nursery.start_several(count, part, workdir)
         assert [child.wait() for child in group] == [Exit.DONE] * count, group[0].log
     expected, actual = harness.curve(reference), harness.curve(workdir)
@@ -87,8 +75,8 @@ def test_another_process_count_goes_on_with_the_same_batches(nursery, config, re
 
 
 @pytest.mark.campaign
-def test_a_process_with_another_config_is_refused_by_all(nursery, config, tmp_path):
-    other = harness.tiny_config(pathlib.Path(config.data.path), train__steps=STEPS, optim__learning_rate=0.5)
+def test_a_process_with_another_config_is_refused_by_all(nursery, config, changed, tmp_path):
+    other = changed(optim__learning_rate=0.5)
     pair = nursery.start_several(2, config, tmp_path / "run", others=other)
     assert [child.wait(60) for child in pair] == [Exit.USER_ERROR] * 2, pair[0].log + pair[1].log
     assert all("the config of process [1] differs from process 0's" in child.log for child in pair)

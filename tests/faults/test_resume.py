@@ -1,37 +1,20 @@
 """Interrupted runs end with the same curve, bit for bit, as one that nobody interrupted: real processes, real signals."""
 
-import pathlib
 import signal
 
 import pytest
-from faults import harness
 
 from dip_jax.errors import Exit
+from faults import harness
 
 STEPS = 10
+CHANGES = {"train__steps": STEPS}
+
+MESHES = [{"mesh__data": 1, "mesh__fsdp": 2}, {"mesh__data": 1, "mesh__tensor": 2}, {"mesh__zero1": True}]
 
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with harness.Nursery(tmp_path_factory.mktemp("logs")) as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return harness.tiny_config(harness.make_dataset(tmp_path_factory.mktemp("data") / "set"), train__steps=STEPS)
-
-
-@pytest.fixture(scope="module")
-def reference(nursery, tiny, tmp_path_factory) -> pathlib.Path:
-    workdir = tmp_path_factory.mktemp("reference") / "run"
-    code, log = nursery.run(tiny, workdir)
-    assert code == Exit.DONE, log
-    return workdir
 
 
 @pytest.mark.parametrize(
@@ -44,29 +27,27 @@ def reference(nursery, tiny, tmp_path_factory) -> pathlib.Path:
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_the_curve_joins_up(nursery, tiny, reference, tmp_path, number, code):
+def test_the_curve_joins_up(nursery, config, reference, tmp_path, number, code):
     workdir = tmp_path / "run"
-    child = nursery.start(tiny, workdir, fault="slow_steps")
+    child = nursery.start(config, workdir, fault="slow_steps")
     child.wait_for(lambda: len(harness.curve(workdir)) >= 5)
     child.send(number)
     assert child.wait() == code, child.log
     if number != signal.SIGKILL:
         assert "run the same command again to go on" in child.log
         assert f"saved step {harness.steps_of(workdir)[-1]}" in child.log
-    code, log = nursery.run(tiny, workdir)
+    code, log = nursery.run(config, workdir)
     assert code == Exit.DONE, log
     assert "going on from step" in log
     harness.check_curve(workdir, reference)
 
 
 @pytest.mark.slow
-def test_another_mesh_goes_on_with_the_same_batches(nursery, tiny, reference, tmp_path):
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_another_mesh_goes_on_with_the_same_batches(nursery, changed, reference, tmp_path, mesh):
     workdir = tmp_path / "run"
-    values = {"train__steps": 4}
-    half = harness.tiny_config(pathlib.Path(tiny.data.path), **values)
-    assert nursery.run(half, workdir)[0] == Exit.DONE
-    other = harness.tiny_config(pathlib.Path(tiny.data.path), train__steps=STEPS, mesh__data=1, mesh__fsdp=2)
-    code, log = nursery.run(other, workdir)
+    assert nursery.run(changed(train__steps=4), workdir)[0] == Exit.DONE
+    code, log = nursery.run(changed(**mesh), workdir)
     assert code == Exit.DONE, log
     expected, actual = harness.curve(reference), harness.curve(workdir)
     assert [row["step"] for row in actual] == [row["step"] for row in expected]
@@ -74,8 +55,8 @@ def test_another_mesh_goes_on_with_the_same_batches(nursery, tiny, reference, tm
 
 
 @pytest.mark.slow
-def test_one_bad_number_is_skipped_and_counted(nursery, tiny, reference, tmp_path):
-    code, log = nursery.run(tiny, tmp_path / "run", fault="nan_once")
+def test_one_bad_number_is_skipped_and_counted(nursery, config, reference, tmp_path):
+    code, log = nursery.run(config, tmp_path / "run", fault="nan_once")
     assert code == Exit.DONE, log
     rows, expected = harness.curve(tmp_path / "run"), harness.curve(reference)
     assert rows[:4] == expected[:4]
@@ -94,9 +75,8 @@ def test_one_bad_number_is_skipped_and_counted(nursery, tiny, reference, tmp_pat
         slow("hang", {"train__watchdog_seconds": 4.0}, Exit.CRASH, "in harm"),
     ],
 )
-def test_what_persists_is_rolled_back_or_ended(nursery, tiny, tmp_path, fault, options, code, message):
-    config = harness.tiny_config(pathlib.Path(tiny.data.path), train__steps=STEPS, checkpoint__every_steps=4, **options)
-    actual, log = nursery.run(config, tmp_path / "run", fault=fault)
+def test_what_persists_is_rolled_back_or_ended(nursery, changed, tmp_path, fault, options, code, message):
+    actual, log = nursery.run(changed(checkpoint__every_steps=4, **options), tmp_path / "run", fault=fault)
     assert (actual, message in log) == (code, True), log
     if code == Exit.DONE:
         assert [row["step"] for row in harness.curve(tmp_path / "run")] == list(range(1, STEPS + 1))
