@@ -259,7 +259,9 @@ def _async_writer(before_commit: Callable[[], None]) -> ocp.AsyncCheckpointer:
 def _read(item: epath.Path, target: Any, *, partial: bool = False) -> Any:
     """Arrays of one item as `target` (a tree of `ShapeDtypeStruct`, on the default device where it names no sharding)."""
     if not item.is_dir():
-        raise UserError(f"{item.parent} holds no item {item.name!r}: it has other weights or was made by another command")
+        there = sorted(child.name for child in item.parent.iterdir() if child.is_dir())
+        instead = ": converted and copied weights are often these alone, load them with weights='ema'" if "ema" in there else ""
+        raise UserError(f"{item.parent} holds no item {item.name!r}, only {', '.join(there)}{instead}")
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or local), target)
     try:

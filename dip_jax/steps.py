@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from dip_jax import guard
+from dip_jax import foreign, guard
 from dip_jax.errors import UserError
 
 MANIFEST = "MANIFEST.sha256"
@@ -107,15 +107,16 @@ def find(path: epath.PathLike, *, verify: bool, report: Callable[[str], None]) -
         UserError: if there is none, or none is undamaged.
     """
     path = guard.absolute(path)
-    if not path.is_dir():
-        raise UserError(f"{path} is no directory: give a workdir or one of its checkpoints/STEP directories")
+    wanted = "give a workdir or one of its checkpoints/STEP directories"
+    if not _is_dir(path):
+        raise UserError(f"{path} {foreign.describe(path) if path.exists() else 'is no directory'}: {wanted}")
     if (path / "config").is_dir() or (path / MANIFEST).exists():
         if verify and (fault := damage(path)):
             raise UserError(f"{path} is damaged ({fault}): use another step of the same workdir")
         return path
     root = path / ROOT if (path / ROOT).is_dir() else path
     if not complete(root):
-        raise UserError(f"{path} holds no checkpoint: give a workdir or one of its checkpoints/STEP directories")
+        raise UserError(f"{path} holds no checkpoint, it {foreign.describe(root)}: {wanted}")
     step = newest(
         root,
         verify=verify,
@@ -124,6 +125,13 @@ def find(path: epath.PathLike, *, verify: bool, report: Callable[[str], None]) -
     if step is None:
         raise UserError(f"every checkpoint under {root} is damaged")
     return root / str(step)
+
+
+def _is_dir(path: epath.Path) -> bool:
+    try:
+        return path.is_dir()
+    except ImportError as error:
+        raise UserError(f"{path} lies in a bucket, and reading those needs another package: pip install gcsfs") from error
 
 
 def damage(path: epath.Path) -> str | None:

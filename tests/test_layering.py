@@ -20,6 +20,7 @@ FLOORS = {
     "writers": 1,
     "steps": 1,
     "bad_numbers": 1,
+    "foreign": 0.5,  # steps reads it
     "config_change": 1,
     "torch_file": 1,
     "models.patches": 2,
