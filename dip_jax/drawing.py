@@ -1,7 +1,8 @@
 """A model and its weights in, uint8 images out: batches of one compiled trajectory, spread over the devices.
 
 Every batch has the same shape (the last is padded), so there is one compilation; a second call with the same options finds it.
-While a batch is fetched and written the next one runs.
+While a batch is fetched and written the next one runs. Weights are converted to the compute dtype once for all batches, and
+what the network makes of times and labels is made before the first step where it fits (`AHEAD_BYTES`).
 """
 
 import dataclasses
@@ -20,6 +21,10 @@ from dip_jax import config, flow, sampler, sharding
 from dip_jax.errors import UserError
 from dip_jax.models import dip
 from dip_jax.typing import Params
+
+AHEAD_BYTES = (
+    2**30
+)  # per device, for the modulations of all steps; more would crowd out images, which gain more by a large batch
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def draw_batches(
     mesh = mesh or sharding.make_mesh(config.Mesh(), jax.local_devices())
     static = {"model": model, "options": options}
     rows = _rows(min(size, len(labels)), mesh)
-    params = jax.device_put(params, sharding.shardings(mesh, model.logical_axes(), params))
+    params = _ready(model, params, mesh)
     waiting: list[tuple[int, int, Any]] = []
     for number in range(-(-len(labels) // size)) if only is None else only:
         indices = np.arange(number * size, min((number + 1) * size, len(labels)))
@@ -99,7 +104,7 @@ def draw_frames(
     labels = check_labels(labels, model)
     mesh = mesh or sharding.make_mesh(config.Mesh(), jax.local_devices())
     static = {"model": model, "options": options, "frames": frames}
-    params = jax.device_put(params, sharding.shardings(mesh, model.logical_axes(), params))
+    params = _ready(model, params, mesh)
     count = len(labels)
     with jax.set_mesh(mesh):
         place = _place(seed, np.arange(count), labels, rows=_rows(count, mesh), mesh=mesh)
@@ -121,6 +126,20 @@ def check_labels(labels: Sequence[int] | np.ndarray, model: dip.DiP) -> np.ndarr
     if wrong.size:
         raise UserError(f"label {wrong[0]} is not a class: this model has 0..{classes - 1} (and {classes}, no class)")
     return array.astype(np.int32)
+
+
+def _ready(model: dip.DiP, params: Params, mesh: jax.sharding.Mesh) -> Params:
+    """The weights on the devices, as the network's products read them."""
+    placed = jax.tree.map(_spread, params, sharding.shardings(mesh, model.logical_axes(), params))
+    with jax.set_mesh(mesh):
+        return _cast(placed, model=model)
+
+
+def _spread(array: jax.Array, place: NamedSharding) -> jax.Array:
+    if place.is_fully_addressable or not array.is_fully_addressable:
+        return jax.device_put(array, place)
+    whole = np.asarray(array)  # every host has all of it, and puts up the parts that its devices hold
+    return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
 
 
 def _rows(count: int, mesh: jax.sharding.Mesh) -> int:
@@ -152,19 +171,35 @@ def _fetch(number: int, count: int, drawn: tuple[jax.Array, jax.Array]) -> tuple
     return number, images
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def _cast(params, *, model):
+    return model.cast(params)
+
+
+def _ahead(model, params, labels, options):
+    """What makes the modulations of all steps at once; None where one device's part would not fit."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = labels.shape[0] // (mesh.shape["data"] * mesh.shape["fsdp"]) + 1  # and that of no class
+    one = jax.eval_shape(
+        model.modulations, params, jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    )
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one)) * rows * sampler.nfe(options)[0]
+    return functools.partial(model.modulations, params) if needed <= AHEAD_BYTES else None
+
+
 def _arguments(params, seed, indices, labels, model, options):
     """(predict, the arguments that `sampler.draw` and `sampler.draw_trajectory` share)."""
-
     network = model.config
     if network.prediction == "x":
         # The last step must land on the predicted image: a floor above its 1 - t would leave noise in every sample.
         network = dataclasses.replace(network, t_clip=min(network.t_clip, 1 - float(sampler.time_grid(options)[-2])))
 
-    def predict(x_t, t, y):
-        return flow.to_velocity(model.apply(params, x_t, t, y), x_t, t, model=network)
+    def predict(x_t, t, y, *ahead):
+        return flow.to_velocity(model.apply(params, x_t, t, y, *ahead), x_t, t, model=network)
 
     shared = {"image_shape": (*model.config.image_size, 3), "null_label": model.config.num_classes}
-    return predict, {"key": jax.random.key(seed), "indices": indices, "labels": labels, "sample": options, **shared}
+    shared |= {"sample": options, "ahead": _ahead(model, params, labels, options)}
+    return predict, {"key": jax.random.key(seed), "indices": indices, "labels": labels, **shared}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "options"))

@@ -22,14 +22,15 @@ and where it ends, and outside it the unconditional half of the network does not
 import functools
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from dip_jax import config
-from dip_jax.typing import Images, Labels, Predict, PRNGKey
+from dip_jax import config, flow
+from dip_jax.typing import Ahead, Images, Labels, Predict, PRNGKey
 
 _NOISE, _PATH = 0, 1  # streams of one sample's key: the start, and the SDE's path
 
@@ -113,6 +114,7 @@ def draw(
     image_shape: tuple[int, ...],
     sample: config.Sample,
     null_label: int,
+    ahead: Ahead | None = None,
 ) -> Images:
     """Draws one image per label. Pure: jit it with everything but `key`, `indices` and `labels` static.
 
@@ -124,13 +126,16 @@ def draw(
         image_shape: (H, W, C).
         sample: solver, steps, guidance.
         null_label: the unconditional class.
+        ahead: makes what the network needs of times and labels, for all steps before the first; `predict` then gets its slice
+            for (t, y) as a fourth argument.
 
     Returns:
         float32 [B,H,W,C], nominally in [-1, 1].
     """
     table = plan(sample)
     keys, x = _start(key, indices, image_shape)
-    x, _ = _integrate(predict, x, keys, labels, table, sample=sample, null_label=null_label, frames=np.array([], np.int32))
+    guide = _Guide(predict, labels, sample.guidance, null_label, ahead)
+    x, _ = _integrate(guide, x, keys, table, noisy=sample.solver == "sde", frames=np.array([], np.int32))
     return x
 
 
@@ -144,13 +149,15 @@ def draw_trajectory(
     sample: config.Sample,
     null_label: int,
     frames: int,
+    ahead: Ahead | None = None,
 ) -> Trajectory:
     """As `draw`, keeping `frames` of the steps, spread evenly from the first to the last."""
     table = plan(sample)
     kept = np.flatnonzero(table.starts)
     kept = kept[np.linspace(0, len(kept) - 1, min(frames, len(kept))).round().astype(int)]
     keys, x = _start(key, indices, image_shape)
-    x, (noisy, expected) = _integrate(predict, x, keys, labels, table, sample=sample, null_label=null_label, frames=kept)
+    guide = _Guide(predict, labels, sample.guidance, null_label, ahead)
+    x, (noisy, expected) = _integrate(guide, x, keys, table, noisy=sample.solver == "sde", frames=kept)
     return Trajectory(images=x, times=jnp.asarray(table.time[kept]), noisy=noisy, expected=expected)
 
 
@@ -169,7 +176,50 @@ def _normal(keys, stream, shape):
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), shape, jnp.float32))(keys)
 
 
-def _integrate(predict, x, keys, labels, table, *, sample, null_label, frames):
+@dataclass(frozen=True)
+class _Guide:
+    """Equation (2): the network and what it is told."""
+
+    predict: Predict
+    labels: Labels
+    scale: float
+    null_label: int
+    ahead: Ahead | None
+
+    def prepare(self, times: np.ndarray, guided: bool) -> tuple[Any, Any]:
+        """What `ahead` makes of S times, for the labels [S, B, ...] and, where guided, for no class [S, 1, ...]; None, None."""
+        if self.ahead is None:
+            return None, None
+        times = jnp.asarray(times)
+        return self.ahead(times, self.labels), self.ahead(times, self._nothing[:1]) if guided else None
+
+    @property
+    def _nothing(self) -> Labels:
+        return jnp.full_like(self.labels, self.null_label)
+
+    def velocity(self, x: jax.Array, t: jax.Array, prepared: tuple[Any, Any], *, guided: bool) -> jax.Array:
+        """v at x [B, ...] and t [B].
+
+        The two halves are one batch, each sample's pair side by side, so that a sharded batch stays where it is.
+        """
+        own, none = prepared
+        if not guided:
+            return self.predict(x, t, self.labels, *self._given(own))
+
+        def pair(unconditional, conditional):
+            unconditional = jnp.broadcast_to(unconditional, conditional.shape)
+            return jnp.stack([unconditional, conditional], axis=1).reshape(-1, *conditional.shape[1:])
+
+        both = jax.tree.map(pair, none, own)
+        v = self.predict(pair(x, x), pair(t, t), pair(self._nothing, self.labels), *self._given(both))
+        unconditional, conditional = jnp.moveaxis(v.reshape(-1, 2, *x.shape[1:]), 1, 0)
+        return unconditional + self.scale * (conditional - unconditional)
+
+    def _given(self, prepared: Any) -> tuple[Any, ...]:
+        return () if self.ahead is None else (prepared,)
+
+
+def _integrate(guide, x, keys, table, *, noisy, frames):
     """Runs the whole table; evaluation `frames[f]` leaves its x_t and its expected image in row f of two buffers."""
     paths = jax.vmap(jax.random.fold_in, (0, None))(keys, _PATH)
     slots = np.full(len(table.time), len(frames), np.int32)  # the row past the last is overwritten by all others
@@ -178,13 +228,14 @@ def _integrate(predict, x, keys, labels, table, *, sample, null_label, frames):
 
     def advance(guided, carry, row):
         x, base, v_old, buffers = carry
-        v = _velocity(predict, x, row["time"], labels, guided=guided, guidance=sample.guidance, null_label=null_label)
+        t = jnp.broadcast_to(row["time"], x.shape[:1])
+        v = guide.velocity(x, t, row["prepared"], guided=guided)
         if buffers:
-            shown = (x, x + (1 - row["time"]) * v)
+            shown = (x, flow.to_data(v, x, t))
             buffers = tuple(buffer.at[row["slot"]].set(frame) for buffer, frame in zip(buffers, shown, strict=True))
         base = jnp.where(row["starts"], x, base)
         x = (1 + row["pull"]) * base + row["new"] * v + row["old"] * v_old
-        if sample.solver == "sde":
+        if noisy:
             x = x + row["noise"] * _normal(paths, row["number"], x.shape[1:])
         return (x, base, jnp.where(row["starts"], v, v_old), buffers), None
 
@@ -192,7 +243,9 @@ def _integrate(predict, x, keys, labels, table, *, sample, null_label, frames):
     columns = {**vars(table), "slot": slots, "number": np.arange(len(slots), dtype=np.int32)}
     for segment in _segments(table.guided):
         rows = {name: column[segment] for name, column in columns.items()}
-        carry, _ = jax.lax.scan(functools.partial(advance, bool(table.guided[segment.start])), carry, rows)
+        guided = bool(table.guided[segment.start])
+        rows["prepared"] = guide.prepare(rows["time"], guided)
+        carry, _ = jax.lax.scan(functools.partial(advance, guided), carry, rows)
     x, _, _, buffers = carry
     return x, tuple(buffer[:-1] for buffer in buffers)
 
@@ -201,17 +254,3 @@ def _segments(flags: np.ndarray) -> list[slice]:
     """The runs of equal flags."""
     cuts = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
     return [slice(*ends) for ends in itertools.pairwise(cuts)]
-
-
-def _velocity(predict, x, t, labels, *, guided, guidance, null_label):
-    """(2). The two halves are one batch, each sample's pair side by side, so that a sharded batch stays where it is."""
-    t = jnp.broadcast_to(t, x.shape[:1])
-    if not guided:
-        return predict(x, t, labels)
-
-    def pair(unconditional, conditional):
-        return jnp.stack([unconditional, conditional], axis=1).reshape(-1, *conditional.shape[1:])
-
-    v = predict(pair(x, x), pair(t, t), pair(jnp.full_like(labels, null_label), labels))
-    unconditional, conditional = jnp.moveaxis(v.reshape(-1, 2, *x.shape[1:]), 1, 0)
-    return unconditional + guidance * (conditional - unconditional)

@@ -24,4 +24,6 @@ RawImages: TypeAlias = UInt8[jax.Array, "B H W C"]
 Tokens: TypeAlias = Float[jax.Array, "B N D"]
 PRNGKey: TypeAlias = Key[jax.Array, ""]
 
-Predict: TypeAlias = Callable[[Images, Times, Labels], Images]  # (x_t, t, y) -> prediction
+Predict: TypeAlias = Callable[..., Images]  # (x_t, t, y) -> prediction; where told so, also of what was made of (t, y) ahead
+# Made for all steps at once: (times [S], labels [B]) -> a tree whose arrays begin with [S, B].
+Ahead: TypeAlias = Callable[[Float[jax.Array, "S"], Labels], Any]

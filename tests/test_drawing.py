@@ -68,6 +68,25 @@ def test_a_second_call_compiles_nothing(monkeypatch):
     assert traced == first
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_modulations_ahead_change_nothing_and_are_left_out_where_they_do_not_fit(solver, monkeypatch):
+    options = dataclasses.replace(GUIDED, solver=solver, steps=6)
+    made = []
+    real = dip.DiP.modulations
+    monkeypatch.setattr(dip.DiP, "modulations", lambda *args: made.append(args[2].shape) or real(*args))
+    drawn = {}
+    one = 4 * (24 + 6 * 24 + 2 * 24)  # bytes of one time with one label: t_emb, a block, the final layer
+    needed = one * sampler.nfe(options)[0] * (len(LABELS) + 1)
+    for limit in (needed - 1, needed):
+        monkeypatch.setattr(drawing, "AHEAD_BYTES", limit)
+        drawing._draw.clear_cache()
+        made.clear()
+        drawn[limit] = draw(options=options)
+        assert len(made) == (1 if limit < needed else {"euler": 4, "heun": 5}[solver])  # one only asks how large they are
+    drawing._draw.clear_cache()
+    assert agree(*drawn.values())
+
+
 def test_seed_and_label_matter_and_the_rest_does_not():
     expected = draw()
     assert not agree(draw(seed=1), expected)
@@ -141,6 +160,18 @@ def test_bfloat16_stays_close():
     """What the README states: rounding in the network moves pixels by a few levels, not the image."""
     difference = np.abs(draw(dtype="bfloat16").astype(int) - draw())
     assert 0 < difference.mean() < 4
+
+
+def test_weights_are_converted_once_and_only_for_bfloat16(monkeypatch):
+    seen = []
+    real = drawing._draw
+    monkeypatch.setattr(drawing, "_draw", lambda params, *args, **static: seen.append(params) or real(params, *args, **static))
+    for dtype in ("bfloat16", "float32"):
+        draw(dtype=dtype)
+        kernels = [params["blocks"]["attention"]["qkv"]["kernel"] for params in seen]
+        assert [kernel.dtype for kernel in kernels] == [dtype] * 2 and kernels[0] is kernels[1]  # two batches
+        assert seen[0]["condition"]["time"]["in"]["kernel"].dtype == seen[0]["blocks"]["norm1"]["scale"].dtype == "float32"
+        seen.clear()
 
 
 @pytest.mark.parametrize("steps", [10, 50])

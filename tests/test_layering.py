@@ -18,9 +18,10 @@ FLOORS = {
     "distributed": 1,
     "guard": 0.8,  # writers and steps read it
     "writers": 1,
-    "steps": 1,
+    "steps": 1.1,  # reads the table of metrics
     "bad_numbers": 1,
     "foreign": 0.5,  # steps reads it
+    "misfit": 1,
     "config_change": 1,
     "torch_file": 1,
     "models.patches": 2,
@@ -28,6 +29,7 @@ FLOORS = {
     "models.folding": 2,
     "state": 2,
     "sampler": 2,
+    "models.condition": 2.5,
     "models.backbone": 3,
     "models.detailers": 3,
     "step": 3,
@@ -36,6 +38,7 @@ FLOORS = {
     "models.dip": 5,
     "checkpoint": 6,
     "drawing": 6,
+    "plan": 6,
     "sample_files": 6,
     "figures": 7,
     "report": 7.5,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dip_jax import config, sharding
 from dip_jax.errors import UserError
-from dip_jax.models import layers, placement
+from dip_jax.models import condition, layers, placement
 from dip_jax.models.detailers import HEADS
 from dip_jax.models.dip import build, from_config, init_backbone
 from dip_jax.models.patches import patchify, unpatchify
@@ -240,7 +240,7 @@ def test_initial_values_follow_the_recipe():
 
 
 def test_time_is_read_unscaled_and_rope_spans_sixteen():
-    features = layers.time_features(jnp.array([0.0, 1.0]))
+    features = condition.time_features(jnp.array([0.0, 1.0]))
     np.testing.assert_allclose(features[0], np.repeat([1.0, 0.0], 128), atol=1e-7)
     frequencies = 10.0 ** (-np.arange(128) / 128)
     np.testing.assert_allclose(features[1], np.concatenate([np.cos(frequencies), np.sin(frequencies)]), atol=1e-6)
@@ -304,3 +304,32 @@ def test_what_cannot_be_built_is_refused_in_one_line(mistake, message):
 def test_images_of_another_size_are_refused():
     with pytest.raises(UserError, match=r"do not fit model.image_size=\(16, 8\)"):
         small(head="mlp").apply(random_params(head="mlp"), *batch(image_size=(8, 16)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("head", "place"), COMBINATIONS)
+def test_modulations_made_ahead_give_the_same_prediction(head, place, dtype):
+    """Three times with two labels each, in one product, against one call per time that makes its own."""
+    model, params = small(head=head, placement=place, dtype=dtype), random_params(head=head, placement=place)
+    x, _, y = batch()
+    ts = jnp.array([0.1, 0.5, 0.9])
+    ahead = jax.jit(model.modulations)(params, ts, y)
+    apply = jax.jit(model.apply)
+    for s, t in enumerate(ts):
+        plain = apply(params, x, jnp.full((2,), t), y)
+        nothing = jnp.full((2,), jnp.nan)  # t and y are not read any more
+        given = apply(params, x, nothing, y + 100, jax.tree.map(lambda a, s=s: a[s], ahead))
+        scale = float(jnp.abs(plain).max())
+        assert scale > 0.1 and float(jnp.abs(given - plain).max()) <= (1e-6 if dtype == "float32" else 2e-2) * scale
+
+
+@pytest.mark.parametrize(("head", "place"), COMBINATIONS)
+def test_cast_parameters_give_the_same_bits(head, place):
+    model, params = small(head=head, placement=place, dtype="bfloat16"), random_params(head=head, placement=place)
+    cast = model.cast(params)
+    before, after = (sum(a.nbytes for a in jax.tree.leaves(tree)) for tree in (params["blocks"], cast["blocks"]))
+    assert after < 0.55 * before
+    apply = jax.jit(model.apply)
+    np.testing.assert_array_equal(apply(cast, *batch()), apply(params, *batch()))
+    exact = small(head=head, placement=place).cast(params)
+    assert all(a is b for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(params), strict=True))

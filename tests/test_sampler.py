@@ -21,13 +21,20 @@ def settings(**sample):
     return config.Sample(**{"guidance": 1.0, **sample})
 
 
-def run(predict, *, batch=3, key=0, indices=None, labels=None, shape=SHAPE, **sample):
+def run(predict, *, batch=3, key=0, indices=None, labels=None, shape=SHAPE, ahead=None, **sample):
     sample = settings(**sample)
     indices = jnp.arange(batch, dtype=jnp.int32) if indices is None else jnp.asarray(indices, jnp.int32)
     labels = jnp.zeros(len(indices), jnp.int32) if labels is None else jnp.asarray(labels, jnp.int32)
     draw = jax.jit(
         lambda indices, labels: sampler.draw(
-            predict, key=jax.random.key(key), indices=indices, labels=labels, image_shape=shape, sample=sample, null_label=9
+            predict,
+            key=jax.random.key(key),
+            indices=indices,
+            labels=labels,
+            image_shape=shape,
+            sample=sample,
+            null_label=9,
+            ahead=ahead,
         ),
         compiler_options=QUICK,
     )
@@ -240,3 +247,23 @@ def test_uint8_rule():
     expected = np.clip(np.round((x.astype(np.float64) + 1) * 127.5), 0, 255)
     drawn = np.asarray(sampler.to_uint8(jnp.asarray(x).reshape(1, 8, 1, 1)))
     assert drawn.dtype == np.uint8 and drawn.ravel().tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_what_is_made_ahead_reaches_the_evaluation_it_was_made_for(solver):
+    """Ahead, each time meets each label; every evaluation gets those of its own times and labels, guided or not."""
+    calls, seen = [], []
+
+    def ahead(times, labels):
+        calls.append(times.shape)
+        return {"t": jnp.broadcast_to(times[:, None], (len(times), len(labels))), "y": jnp.tile(labels[None], (len(times), 1))}
+
+    def predict(x, t, y, given):
+        seen.append(x.shape[0])
+        wrong = jnp.abs(given["t"] - t) + jnp.abs(given["y"] - y).astype(jnp.float32)
+        return by_label(x, t, y) + 1e3 * per_image(wrong)
+
+    sample = {"labels": [1, 2, 5], "solver": solver, "steps": 7, "guidance": 3.0, "interval": (0.3, 0.7)}
+    np.testing.assert_array_equal(run(predict, ahead=ahead, **sample), run(by_label, **sample))
+    assert len(seen) == 3 and sorted(seen) == [3, 3, 6]  # traced once per segment
+    assert len(calls) == 4  # for the labels in each segment, for no class in the guided one

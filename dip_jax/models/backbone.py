@@ -1,19 +1,17 @@
-"""The DiT backbone (section 3.2): embeddings, condition, and the scanned, rematerialised stack of blocks.
+"""The DiT backbone (section 3.2): patch embedding and the scanned, rematerialised stack of blocks.
 
-With tokens s, times t and labels y:
-    t_emb = TimeEmbed(t);  c = SiLU(t_emb + LabelEmbed(y))        (1)
-    s_0 = Linear(flatten(p))                                      (2)
-    s_l = Block_l(s_{l-1}, c),  l = 1..L                          (3)
+With tokens s and the condition c of `models/condition.py`:
+    s_0 = Linear(flatten(p))                                      (1)
+    s_l = Block_l(s_{l-1}, c),  l = 1..L                          (2)
 """
-
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dip_jax import config
-from dip_jax.models.layers import Block, LabelEmbed, Linear, TimeEmbed
+from dip_jax.models.condition import Conditioning, Modulations
+from dip_jax.models.layers import Block, Linear
 from dip_jax.sharding import constrain
 
 TOKENS = ("batch", "tokens", "act_embed")
@@ -25,20 +23,8 @@ REMAT_POLICIES = {
 }
 
 
-class Condition(nn.Module):
-    """Equation (1): t [B], y [B] -> (t_emb [B, D] float32, c [B, 1, D] in the compute dtype)."""
-
-    config: config.Model
-
-    @nn.compact
-    def __call__(self, t: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        t_emb = TimeEmbed(self.config.width, name="time")(t)
-        y_emb = LabelEmbed(self.config.num_classes, self.config.width, name="label")(y)
-        return t_emb, nn.silu(t_emb + y_emb)[:, None, :].astype(jnp.dtype(self.config.dtype))
-
-
 class PatchEmbed(nn.Module):
-    """Equation (2): patches [B, N, P, P, C] -> tokens [B, N, D]."""
+    """Equation (1): patches [B, N, P, P, C] -> tokens [B, N, D]."""
 
     config: config.Model
 
@@ -62,14 +48,14 @@ class _Step(nn.Module):
         self.block = Block(model.num_heads, grid, model.attention, lead=TOKENS[:2], dtype=jnp.dtype(model.dtype))
         nn.share_scope(self, self.block)  # no extra level in the parameter tree
 
-    def __call__(self, tokens: jax.Array, c: jax.Array) -> tuple[jax.Array, None]:
-        return constrain(self.block(tokens, c), *TOKENS), None
+    def __call__(self, tokens: jax.Array, c: jax.Array | None, adaln: jax.Array | None) -> tuple[jax.Array, None]:
+        return constrain(self.block(tokens, c, adaln), *TOKENS), None
 
 
-def stack(model: config.Model, *, length: int, name: str) -> Any:
-    """Equation (3) for `length` blocks: a module (tokens [B, N, D], c [B, 1, D]) -> (tokens, None).
+def run_blocks(model: config.Model, tokens: jax.Array, c: Conditioning, *, length: int, name: str) -> jax.Array:
+    """Equation (2) for `length` blocks: tokens [B, N, D] -> [B, N, D]; called inside the network's compact method.
 
-    Its parameters carry a leading "layers" axis whether `scan_layers` compiles one block or unrolls them all.
+    The parameters carry a leading "layers" axis whether `scan_layers` compiles one block or unrolls them all.
     """
     step = _Step
     if model.remat != "none":
@@ -79,9 +65,10 @@ def stack(model: config.Model, *, length: int, name: str) -> Any:
         step,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, 1),
         length=length,
         unroll=1 if model.scan_layers else length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(model, name=name)
+    ahead = isinstance(c, Modulations)
+    return scanned(model, name=name)(tokens, None if ahead else c, c.blocks[name] if ahead else None)[0]

@@ -1,6 +1,6 @@
 """The model on one page: (x_t, t, y) -> prediction, with no randomness and no training flag.
 
-    p = patchify(x_t);  t_emb, c = Condition(t, y);  s = PatchEmbed(p)
+    p = patchify(x_t);  t_emb, c = Condition(t, y);  s = PatchEmbed(p)      (t_emb, c, or all that is made of them, ahead)
     blocks, head and final layer by placement (`models/placement.py`)
     prediction = unpatchify(out)
 
@@ -15,14 +15,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from dip_jax import config
 from dip_jax.errors import UserError
-from dip_jax.models.backbone import TOKENS, Condition, PatchEmbed
+from dip_jax.models import condition
+from dip_jax.models.backbone import TOKENS, PatchEmbed
+from dip_jax.models.condition import Condition, Modulations
 from dip_jax.models.layers import Named
 from dip_jax.models.patches import patchify, unpatchify
 from dip_jax.models.placement import PLACEMENTS, check_placement
-from dip_jax.sharding import constrain
+from dip_jax.sharding import constrain, is_axes
 from dip_jax.typing import Images, Labels, Params, PRNGKey, Times, Tokens
 
 _STACKS = ("blocks", "blocks_after")  # the second one only where a head sits between them
@@ -33,11 +36,11 @@ class _Network(nn.Module):
     config: config.Model
 
     @nn.compact
-    def __call__(self, x_t: jax.Array, t: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x_t: jax.Array, t: jax.Array, y: jax.Array, ahead: Modulations | None) -> tuple[jax.Array, jax.Array]:
         model = self.config
         p = patchify(x_t, model.patch_size)
         p = constrain(p, "batch", "tokens", "height", "width", "channels")
-        t_emb, c = Condition(model, name="condition")(t, y)
+        t_emb, c = (ahead.time, ahead) if ahead is not None else Condition(model, name="condition")(t, y)
         tokens = PatchEmbed(model, name="patch_embed")(p)
         out, tokens = PLACEMENTS[model.placement](model, p, tokens, t_emb, c)
         return unpatchify(out.astype(jnp.float32), model.image_size), constrain(tokens, *TOKENS)
@@ -53,36 +56,58 @@ class DiP:
         """Fresh parameters: a nested dict of float32 arrays. Jit it; under `jax.eval_shape` it is cheap at every size."""
         return nn.meta.unbox(self._init_named(key))
 
-    def apply(self, params: Params, x_t: Images, t: Times, y: Labels) -> Images:
+    def apply(self, params: Params, x_t: Images, t: Times, y: Labels, ahead: Modulations | None = None) -> Images:
         """The prediction, float32 [B, H, W, 3].
 
         Args:
-            params: from `init`; other float dtypes work too (bfloat16 halves the memory of sampling).
+            params: from `init`, or as `cast` makes them.
             x_t: noisy images in [-1, 1] where they are data, [B, H, W, 3].
             t: times [B] in [0, 1]; 0 is noise.
             y: labels [B]; `config.num_classes` is the null class, anything beyond gives NaN.
+            ahead: what `modulations` gave for these t and y, which are then not read.
         """
-        return self._run(params, x_t, t, y)[0]
+        return self._run(params, x_t, t, y, ahead)[0]
+
+    def modulations(self, params: Params, ts: Float[jax.Array, "S"], y: Labels) -> Modulations:
+        """All that the network reads of every time [S] with every label [B], in one product: leading axes [S, B].
+
+        Slice s is for `apply(..., ahead=)`. It takes 6 D L numbers of the compute dtype per time and label.
+        """
+        return condition.modulations(self.config, params, ts, y)
+
+    def cast(self, params: Params) -> Params:
+        """Parameters as the products read them: in the compute dtype, so that sampling converts and reads them once.
+
+        What is added up in float32 before it is converted stays float32: embeddings of time and label, norms, and the 3x3
+        kernels whose taps `models/folding.py` merges. `apply` gives the same bits.
+        """
+        exact = {"norm", "kernel"}
+
+        def each(path, axes, array):
+            stays = path[0].key == "condition" or exact & {*axes}
+            return array if stays else array.astype(jnp.dtype(self.config.dtype))
+
+        return jax.tree_util.tree_map_with_path(each, self.logical_axes(), params, is_leaf=is_axes)
 
     def features(self, params: Params, x_t: Images, t: Times, y: Labels) -> Tokens:
         """The tokens after the last block, [B, N, D]: what Figure 8 visualises."""
-        return self._run(params, x_t, t, y)[1]
+        return self._run(params, x_t, t, y, None)[1]
 
     def logical_axes(self) -> Any:
         """The tree of `init` with each array replaced by its tuple of logical axis names (see `sharding.RULES`)."""
         return _logical_axes(self)
 
-    def _run(self, params: Params, x_t: Images, t: Times, y: Labels) -> tuple[jax.Array, jax.Array]:
+    def _run(self, params: Params, x_t: Images, t: Times, y: Labels, ahead: Modulations | None) -> tuple[jax.Array, jax.Array]:
         if x_t.shape[1:] != (*self.config.image_size, 3):
             raise UserError(
                 f"images of shape {x_t.shape[1:]} do not fit model.image_size={self.config.image_size} with 3 channels"
             )
-        return _Network(self.config).apply({"params": params}, x_t, t, y)
+        return _Network(self.config).apply({"params": params}, x_t, t, y, ahead)
 
     def _init_named(self, key: PRNGKey) -> Any:
         x_t = jnp.zeros((1, *self.config.image_size, 3), jnp.float32)
         t, y = jnp.zeros((1,), jnp.float32), jnp.zeros((1,), jnp.int32)
-        return _Network(self.config).init(key, x_t, t, y)["params"]
+        return _Network(self.config).init(key, x_t, t, y, None)["params"]
 
 
 @functools.cache

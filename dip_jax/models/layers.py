@@ -1,6 +1,6 @@
-"""The pieces of the transformer: named parameters, linear maps, norms, RoPE, attention, SwiGLU, adaLN, embeddings.
+"""The pieces of the transformer: named parameters, linear maps, norms, RoPE, attention, SwiGLU, adaLN.
 
-Parameters are float32; products run in the module's `dtype`; norms, softmax, RoPE and the time embedding stay float32.
+Parameters are float32; products run in the module's `dtype`; norms, softmax and RoPE stay float32.
 Activations have any leading axes: the backbone calls with [B, N, D], the pixel-token head with [P * P, d].
 """
 
@@ -125,6 +125,11 @@ class Linear(nn.Module):
         return y
 
 
+def modulation(parts: int, width: int, **fields: Any) -> Linear:
+    """The linear map of adaLN: c [..., D] -> [..., parts, width]; `fields` are further attributes of `Linear`."""
+    return Linear((parts, width), ("embed", None, "modulation"), **fields)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, eps 1e-6; float32 in, float32 out."""
 
@@ -235,7 +240,8 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """One DiT block with adaLN (recipe, "Backbone"): x [..., N, D], condition c [..., 1, D_c] -> [..., N, D].
 
-    The condition is already SiLU(...): adaLN is a bare linear map, and starts like any other linear map (not at zero).
+    The condition is already SiLU(...): adaLN is a bare linear map, and starts like any other linear map (not at zero). Where it
+    was applied ahead, its result `adaln` [..., 1, 6, D] comes instead of c.
     """
 
     num_heads: int
@@ -245,10 +251,10 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, c: jax.Array | None, adaln: jax.Array | None = None) -> jax.Array:
         kind = {"lead": self.lead, "dtype": self.dtype}
-        width = x.shape[-1]
-        adaln = Linear((6, width), ("embed", None, "modulation"), dtype=self.dtype, name="modulation")(c)
+        if adaln is None:
+            adaln = modulation(6, x.shape[-1], dtype=self.dtype, name="modulation")(c)
         if self.lead:  # left sharded over tensor, XLA adds up the wrong parts on a data x fsdp x tensor mesh
             adaln = constrain(adaln, self.lead[0], None, None, "act_embed")
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = unstack(adaln, -2)
@@ -258,44 +264,18 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The DiT's own output: LayerNorm, adaLN, linear map, both zero at the start; x [B, N, D], c [B, 1, D] -> [B, N, O]."""
+    """The DiT's own output: LayerNorm, adaLN, linear map, both zero at the start; x [B, N, D], c [B, 1, D] -> [B, N, O].
+
+    `adaln` [B, 1, 2, D] as in `Block`.
+    """
 
     features: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        modulation = Linear((2, x.shape[-1]), ("embed", None, "modulation"), init="zeros", dtype=self.dtype, name="modulation")
-        shift, scale = unstack(constrain(modulation(c), "batch", None, None, "act_embed"), -2)
+    def __call__(self, x: jax.Array, c: jax.Array | None, adaln: jax.Array | None = None) -> jax.Array:
+        if adaln is None:
+            adaln = modulation(2, x.shape[-1], init="zeros", dtype=self.dtype, name="modulation")(c)
+        shift, scale = unstack(constrain(adaln, "batch", None, None, "act_embed"), -2)
         x = modulate(layer_norm(x), shift, scale)
         return Linear((self.features,), ("embed", "pixels"), init="zeros", dtype=self.dtype, name="linear")(x)
-
-
-def time_features(t: jax.Array) -> jax.Array:
-    """t [B] in [0, 1], unscaled -> 128 cosines then 128 sines [B, 256] with periods 2 pi to 20 pi (max_period = 10)."""
-    frequencies = np.exp(-math.log(10) * np.arange(128) / 128).astype(np.float32)
-    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-class TimeEmbed(nn.Module):
-    """t [B] -> t_emb [B, D]: Linear, SiLU, Linear on `time_features`, all in float32."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, t: jax.Array) -> jax.Array:
-        hidden = nn.silu(Linear((self.width,), ("frequency", "embed"), init="normal", name="in")(time_features(t)))
-        return Linear((self.width,), ("embed", None), init="normal", name="out")(hidden)
-
-
-class LabelEmbed(nn.Module):
-    """y [B] in 0..num_classes -> y_emb [B, D], float32; row num_classes is the null class; other labels give NaN."""
-
-    num_classes: int
-    width: int
-
-    @nn.compact
-    def __call__(self, y: jax.Array) -> jax.Array:
-        table = self.param("table", named(normal, ("vocab", "embed")), (self.num_classes + 1, self.width))
-        return jnp.take(table.astype(jnp.float32), y, axis=0)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from dip_jax import config
 from dip_jax.errors import UserError
-from dip_jax.models.backbone import TOKENS, stack
+from dip_jax.models.backbone import TOKENS, run_blocks
+from dip_jax.models.condition import Conditioning, Modulations
 from dip_jax.models.detailers import HEADS, check_head
 from dip_jax.models.layers import FinalLayer, Linear
 from dip_jax.sharding import constrain
@@ -34,8 +35,10 @@ def map_head(model: config.Model, *, name: str) -> nn.Module:
     return nn.vmap(over_patches, in_axes=(0, 0, 0), **shared)(model, name=name)
 
 
-def _final(model: config.Model, tokens: jax.Array, c: jax.Array, like: jax.Array) -> jax.Array:
-    return FinalLayer(3 * model.patch_size**2, jnp.dtype(model.dtype), name="final")(tokens, c).reshape(like.shape)
+def _final(model: config.Model, tokens: jax.Array, c: Conditioning, like: jax.Array) -> jax.Array:
+    layer = FinalLayer(3 * model.patch_size**2, jnp.dtype(model.dtype), name="final")
+    out = layer(tokens, None, c.final) if isinstance(c, Modulations) else layer(tokens, c)
+    return out.reshape(like.shape)
 
 
 def _inject(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array) -> jax.Array:
@@ -45,29 +48,29 @@ def _inject(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Arr
     return constrain(tokens + project(refined.reshape(*tokens.shape[:2], -1)), *TOKENS)
 
 
-def post_hoc(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: jax.Array) -> tuple:
+def post_hoc(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning) -> tuple:
     """Equation (1); head "none" is the DiT-only baseline. Called inside the network's compact method."""
-    tokens, _ = stack(model, length=model.depth, name="blocks")(tokens, c)
+    tokens = run_blocks(model, tokens, c, length=model.depth, name="blocks")
     if HEADS[model.head] is None:
         return _final(model, tokens, c, p), tokens
     return map_head(model, name="head")(p, tokens, t_emb), tokens
 
 
-def _injected(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: jax.Array) -> jax.Array:
-    tokens, _ = stack(model, length=model.inject_after, name="blocks")(tokens, c)
+def _injected(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning) -> jax.Array:
+    tokens = run_blocks(model, tokens, c, length=model.inject_after, name="blocks")
     tokens = _inject(model, p, tokens, t_emb)
     if model.inject_after < model.depth:
-        tokens, _ = stack(model, length=model.depth - model.inject_after, name="blocks_after")(tokens, c)
+        tokens = run_blocks(model, tokens, c, length=model.depth - model.inject_after, name="blocks_after")
     return tokens
 
 
-def intermediate(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: jax.Array) -> tuple:
+def intermediate(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning) -> tuple:
     """Equation (2), with k = `inject_after`."""
     tokens = _injected(model, p, tokens, t_emb, c)
     return _final(model, tokens, c, p), tokens
 
 
-def hybrid(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: jax.Array) -> tuple:
+def hybrid(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning) -> tuple:
     """Equation (3)."""
     tokens = _injected(model, p, tokens, t_emb, c)
     return map_head(model, name="head")(p, tokens, t_emb), tokens
