@@ -26,11 +26,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dip_jax import distributed, guard, steps
+from dip_jax import distributed, guard, misfit, steps
 from dip_jax.config import Checkpoint, Config, from_dict, to_dict
 from dip_jax.errors import UserError
 from dip_jax.models import dip
@@ -44,6 +43,7 @@ class Record:
     config: Config
     data: dict[str, Any]  # what the order of the data depends on: `data.pipeline.identity`; empty for converted weights
     skipped: int = 0  # updates not applied because of a non-finite number, so far
+    replaced: int = 0  # bad records replaced by a neighbour, so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,9 @@ class Checkpoints:
     def _finish(self) -> None:
         self._writer.wait_until_finished()
         if jax.process_index() == 0:
-            steps.prune(self.root, keep_last=self._options.keep_last, keep_every=self._options.keep_every)
+            options = self._options
+            keep = steps.best(self.root, metric=options.keep_best) if options.keep_best else ()
+            steps.prune(self.root, keep_last=options.keep_last, keep_every=options.keep_every, keep=keep)
 
     def check(self) -> None:
         """Whether a background save failed; costs nothing, so call it after every step.
@@ -216,7 +218,8 @@ def read_record(path: epath.Path) -> Record:
     """
     try:
         values = json.loads((path / "config" / "metadata").read_text())
-        return Record(from_dict(values["config"]), dict(values["data"]), int(values["skipped"]))
+        replaced = int(values.get("replaced", 0))  # older checkpoints lack it
+        return Record(from_dict(values["config"]), dict(values["data"]), int(values["skipped"]), replaced)
     except UserError as error:
         raise UserError(f"{path} was written with other options than this version knows: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -267,7 +270,8 @@ def _read(item: epath.Path, target: Any, *, partial: bool = False) -> Any:
     try:
         with ocp.PyTreeCheckpointer() as reader:
             stored = reader.metadata(item).item_metadata.tree
-            _compare(item, stored, target, partial=partial)
+            if difference := misfit.describe(stored, target, partial=partial):
+                raise UserError(f"{item} does not fit this model: {difference}")
             restore_args = ocp.checkpoint_utils.construct_restore_args(target)
             args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)
             return reader.restore(item, args=args)
@@ -275,25 +279,6 @@ def _read(item: epath.Path, target: Any, *, partial: bool = False) -> Any:
         raise
     except Exception as error:  # Orbax and its storage report what they cannot read by many types
         raise UserError(f"{item} cannot be read ({_reason(error)}): use another step of the same workdir") from error
-
-
-def _compare(item: epath.Path, stored: Any, target: Any, *, partial: bool) -> None:
-    """Raises `UserError` listing up to five leaves in which the stored tree and the target differ."""
-    old, new = _leaves(stored), _leaves(target)
-    lines = [
-        f"{name}: {old[name]} in the checkpoint, {new[name]} here" for name in new if name in old and old[name] != new[name]
-    ]
-    lines += [f"{name}: not in the checkpoint" for name in new if name not in old]
-    lines += [f"{name}: only in the checkpoint" for name in old if name not in new and not partial]
-    if lines:
-        more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
-        raise UserError(f"{item} does not fit this model: {'; '.join(lines[:5])}{more}")
-
-
-def _leaves(tree: Any) -> dict[str, str]:
-    """Dotted name -> "float32[3, 4]" of every array."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): f"{np.dtype(x.dtype)}{list(x.shape)}" for path, x in flat}
 
 
 def _reason(error: BaseException) -> str:

@@ -184,11 +184,14 @@ class Checkpoint:
     every_steps: int = 5000
     keep_last: int = 3
     keep_every: int = 0  # steps divisible by this stay for ever; 0 keeps none
+    keep_best: str = ""  # fid | sfid | is | precision | recall: the step best by this metric of eval.jsonl stays too
     verify: bool = True  # check the SHA-256 manifest before a restore
 
     def __post_init__(self):
         _positive("checkpoint", self, "every_steps", "keep_last")
         _not_negative("checkpoint", self, "keep_every")
+        if self.keep_best:
+            _one_of("checkpoint.keep_best", self.keep_best, ("fid", "sfid", "is", "precision", "recall"))
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,7 @@ class Train:
     init_from: str = ""  # checkpoint whose backbone a new run starts from (section 3.4); set by --init_from
     log_every: int = 100
     sample_every: int = 5000  # a grid drawn from the EMA; 0 is never
-    eval_every: int = 0  # a small FID of the EMA; 0 is never
+    eval_every: int = 0  # a small FID of the EMA and of the last weights; 0 is never
     bad_steps: int = 10  # non-finite updates in a row that are skipped before `on_bad_steps`
     on_bad_steps: str = "rollback"  # rollback (to the last good checkpoint, other data) | abort
     watchdog_seconds: float = 600.0  # no step for this long: print every thread's stack and abort; 0 is off
@@ -268,6 +271,12 @@ class Config:
         if self.data.batch_size % self.optim.accumulate:
             raise UserError(
                 f"data.batch_size={self.data.batch_size} is not divisible by optim.accumulate={self.optim.accumulate}"
+            )
+        judged, saved = self.train.eval_every, self.checkpoint.every_steps
+        if self.checkpoint.keep_best and (not judged or judged % saved):
+            raise UserError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} needs train.eval_every={judged} to be a multiple of "
+                f"checkpoint.every_steps={saved}: a step can only be kept if it is both judged and saved"
             )
 
 

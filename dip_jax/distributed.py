@@ -68,6 +68,11 @@ def agree(value: int) -> int:
     return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def total(value: int) -> int:
+    """The sum of all processes' values, in every process. All must call it."""
+    return value if jax.process_count() == 1 else int(np.sum(multihost_utils.process_allgather(np.int32(value))))
+
+
 def largest(value: int) -> int:
     """The largest of all processes' values, in every process. All must call it."""
     return value if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(value))))

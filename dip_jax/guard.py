@@ -32,16 +32,21 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def write_text(path: epath.Path, text: str) -> None:
+    """`write_bytes` of the text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
     """Writes a whole file or nothing: a reader never sees half of it, also after a kill.
 
     On a local disk by writing beside it, syncing and renaming; in a bucket a single upload is already all or nothing.
     """
     if not is_local(path):
-        path.write_text(text)
+        path.write_bytes(data)
         return
     partial = f"{os.fspath(path)}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

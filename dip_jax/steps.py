@@ -13,11 +13,11 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from etils import epath
 
-from dip_jax import foreign, guard
+from dip_jax import foreign, guard, writers
 from dip_jax.errors import UserError
 
 MANIFEST = "MANIFEST.sha256"
@@ -82,10 +82,27 @@ def all_damaged(root: epath.Path) -> bool:
     return not complete(root) and (root / "damaged").is_dir()
 
 
-def prune(root: epath.Path, *, keep_last: int, keep_every: int) -> None:
-    """Deletes all steps but the last `keep_last` and those divisible by `keep_every` (0: none)."""
+def best(root: epath.Path, *, metric: str) -> set[int]:
+    """Of the steps on disk that were judged (rows of the workdir's `eval.jsonl`), the best one; empty where none was.
+
+    Args:
+        metric: fid or sfid (the lowest is best), is, precision or recall (the highest); also under a longer name (fid_lite0).
+    """
+    values = {
+        row["step"]: value
+        for row in writers.read_rows(root.parent / "eval.jsonl")
+        for key, value in row.items()
+        if (key == metric or key.startswith(f"{metric}_")) and value is not None
+    }
+    judged = [step for step in complete(root) if step in values]
+    choose = min if metric in ("fid", "sfid") else max
+    return {choose(judged, key=values.__getitem__)} if judged else set()
+
+
+def prune(root: epath.Path, *, keep_last: int, keep_every: int, keep: Collection[int] = ()) -> None:
+    """Deletes all steps but the last `keep_last`, those divisible by `keep_every` (0: none), and those in `keep`."""
     steps = complete(root)
-    keep = {*steps[-keep_last:], *(step for step in steps if keep_every and step % keep_every == 0)}
+    keep = {*keep, *steps[-keep_last:], *(step for step in steps if keep_every and step % keep_every == 0)}
     for step in steps:
         if step not in keep:
             _delete(root, step)

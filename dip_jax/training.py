@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from etils import epath
 
 from dip_jax import bad_numbers, checkpoint, distributed, drawing, figures, guard, optim, state, step, writers
-from dip_jax.config import Config, to_dict
+from dip_jax.config import Config, Train, to_dict
 from dip_jax.data import pipeline
 from dip_jax.errors import Exit, Interrupted
 from dip_jax.jobs import evaluate
@@ -21,7 +22,23 @@ from dip_jax.typing import Params
 _PATIENCE = 10.0  # the watchdog waits this many times longer for compiling, saving and sampling
 _SAMPLES_PER_CLASS = 6
 _CLASSES_SHOWN = 10
+_PICTURE = "samples"  # name of the pictures in images/
 _NOISE = 1  # stream of the training noise, beside the initial weights
+
+
+def due(train: Train, step: int) -> list[str]:
+    """What is made beside the training at a step: "samples", "metrics"."""
+    marks = {"samples": train.sample_every, "metrics": train.eval_every}
+    return [name for name, every in marks.items() if every and step and (step % every == 0 or step == train.steps)]
+
+
+def find_owed(train: Train, workdir: epath.Path, step: int) -> list[str]:
+    """What was due at a step and is not there, because the run ended between saving and that. All processes must call it."""
+    made = {
+        "samples": lambda: writers.image_path(workdir, step, _PICTURE).exists(),
+        "metrics": lambda: any(row["step"] == step for row in writers.read_rows(workdir / "eval.jsonl")),
+    }
+    return [name for name in due(train, step) if not distributed.agree(int(distributed.is_main() and made[name]()))]
 
 
 class Run:
@@ -33,7 +50,8 @@ class Run:
         self._watchdog = guard.Watchdog(config.train.watchdog_seconds)
         self._watch = bad_numbers.Watch(config.train)
         self._batches = self._writer = self._progress = None
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, dict[str, jax.Array], int] | None = None  # step, its metrics, bad records replaced by then
+        self._replaced = 0  # bad records replaced before this start
 
     def prepare(self, found: checkpoint.Found | None) -> None:
         """Everything up to the first step; cheap checks first."""
@@ -86,6 +104,7 @@ class Run:
         """Puts the state, the counters and the tables where the checkpoint (or the seed) says."""
         self._step = found.step if found else 0
         self._watch.skipped = found.record.skipped if found else 0
+        self._replaced = found.record.replaced if found else 0
         self._pending = None
         if found:
             target = state.abstract_state(self._model, self._optimizer, self._shardings)
@@ -108,6 +127,8 @@ class Run:
     def loop(self) -> None:
         """Steps until the last one, a signal, or numbers that stay bad."""
         train = self._config.train
+        self._show(owed=True)
+        self._watchdog.beat(patience=_PATIENCE)
         first = True
         while self._step < train.steps:
             self._stop_if_asked()
@@ -116,7 +137,7 @@ class Run:
                 self._state, metrics = self._train_step(self._state, batch, self._key)
             self._step += 1
             self._settle()
-            self._pending = (self._step, metrics)
+            self._pending = (self._step, metrics, self._batches.replaced)
             self._watchdog.beat(patience=_PATIENCE if first else 1.0)
             self._checkpoints.check()
             if first and self._progress:
@@ -132,9 +153,7 @@ class Run:
                 self._settle()
                 if not self._watch.streak:  # a rollback must reach back to before the trouble
                     self._save()
-            for every, act in ((train.sample_every, self._show_samples), (train.eval_every, self._evaluate)):
-                if every and (self._step % every == 0 or self._step == train.steps):
-                    act()
+            self._show()
         self._checkpoints.wait()
         distributed.say(f"finished: {self._step} steps in {self._workdir}")
 
@@ -154,17 +173,22 @@ class Run:
         """Fetches the metrics of the step before, so that the devices never wait for the host, and writes its row."""
         if self._pending is None:
             return
-        (number, metrics), self._pending = self._pending, None
+        (number, metrics, replaced), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         suspect = self._watch.observe(values)
+        logged = number % self._config.train.log_every == 0
+        counts = {"skipped": self._watch.skipped, "replaced": self._count_replaced(replaced)} if logged else {}
         if not distributed.is_main():
             return
         if suspect:
             self._keep_for_inspection(number, values, suspect)
-        if number % self._config.train.log_every == 0:
-            speed = self._progress.measure(number)
-            self._writer.scalars(number, values | {"skipped": self._watch.skipped, "images_per_second": speed})
+        if logged:
+            self._writer.scalars(number, values | counts | {"images_per_second": self._progress.measure(number)})
         self._progress.update(number, values)
+
+    def _count_replaced(self, here: int) -> int:
+        """Bad records replaced over the whole run, `here` of them by this process since it started."""
+        return self._replaced + (distributed.total(here) if self._config.data.on_bad_record == "replace" else 0)
 
     def _keep_for_inspection(self, number: int, values: dict[str, float], reason: str) -> None:
         order = {key: self._identity[key] for key in ("batch_size", "seed", "salt")}
@@ -199,8 +223,15 @@ class Run:
                     f"the state is not finite at step {self._step}: nothing saved, the checkpoint before stays",
                     code=Exit.NUMERIC_ABORT,
                 )
-            record = checkpoint.Record(self._config, self._identity, self._watch.skipped)
+            replaced = self._count_replaced(self._batches.replaced)
+            record = checkpoint.Record(self._config, self._identity, self._watch.skipped, replaced)
             self._checkpoints.save(self._step, self._state, record)
+
+    def _show(self, *, owed: bool = False) -> None:
+        """The picture and the metrics that are due at this step; `owed`: where they are not there yet."""
+        acts = {"samples": self._show_samples, "metrics": self._evaluate}
+        for name in find_owed(self._config.train, self._workdir, self._step) if owed else due(self._config.train, self._step):
+            acts[name]()
 
     def _draw(self, labels: np.ndarray) -> np.ndarray:
         """Samples from the averaged weights, one per label; the same noise every time."""
@@ -218,7 +249,7 @@ class Run:
             images = self._draw(labels)
             if distributed.is_main():
                 grid = figures.class_grid(figures.Labelled(images, labels), self._dataset.classes)
-                self._writer.image(self._step, "samples", np.asarray(grid))
+                self._writer.image(self._step, _PICTURE, np.asarray(grid))
 
     def _evaluate(self) -> None:
         """Metrics of as many samples as `eval` says, a row of `eval.jsonl`."""

@@ -89,6 +89,11 @@ def _csv_text(rows: Sequence[Row], columns: Sequence[str]) -> str:
     return text.getvalue()
 
 
+def image_path(workdir: epath.Path, step: int, name: str) -> epath.Path:
+    """Where `Writer.image` puts a picture."""
+    return workdir / "images" / f"{name}_{step:08d}.png"
+
+
 class Writer:
     """The tables, TensorBoard events and images of one workdir. Only one process has one.
 
@@ -117,12 +122,11 @@ class Writer:
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> epath.Path:
         """Writes `images/NAME_STEP.png` (uint8 [H, W, 3]), shows it in TensorBoard, and returns the file's path."""
-        folder = self._workdir / "images"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{name}_{step:08d}.png"
+        path = image_path(self._workdir, step, name)
+        path.parent.mkdir(exist_ok=True)
         data = io.BytesIO()
         Image.fromarray(np.asarray(pixels)).save(data, "PNG")
-        path.write_bytes(data.getvalue())
+        guard.write_bytes(path, data.getvalue())
         if self._events is not None:
             self._events.add_image(name, np.asarray(pixels), step, dataformats="HWC")
         return path

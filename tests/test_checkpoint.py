@@ -182,6 +182,16 @@ def test_keep_policy_and_leftovers_of_a_kill(tmp_path, trained):
     assert sorted(p.name for p in root.iterdir()) == ["3", "5", "6"]
 
 
+@pytest.mark.parametrize("metric, best", [("fid", 2), ("is", 3)])
+def test_the_best_step_by_a_metric_stays(tmp_path, trained, metric, best):
+    """Step 1 would be best but is gone before it is judged; 5 has no number; rows of steps that do not exist count nothing."""
+    judged = {1: 0.0, 2: 1.0, 3: 9.0, 4: 5.0, 5: None, 70: -1.0}
+    rows = [{"step": step, "N": 0, f"{metric}_lite0": value, "sfid": -step} for step, value in judged.items()]
+    (tmp_path / "eval.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    saved(tmp_path, trained, 2, 3, 4, 5, 6, keep_last=1, keep_best=metric).close()
+    assert steps.complete(epath.Path(tmp_path / "checkpoints")) == [best, 6]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

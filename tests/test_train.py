@@ -111,6 +111,8 @@ def test_a_workdir_refuses_what_does_not_belong_to_it(finished, dataset, changes
         ({"model__head": "unett"}, r"model.head='unett' is unknown: it is one of unet, "),
         ({"model__placement": "posthoc"}, r"model.placement='posthoc' is unknown: it is one of post_hoc, "),
         ({"model__image_size": (32, 32)}, r"16x16 images"),
+        ({"model__attention": "cudnn"}, r"model.attention=cudnn needs a GPU but the devices are cpu"),
+        ({"checkpoint__keep_best": "fid", "train__eval_every": 3}, r"train.eval_every=3 to be a multiple of .*every_steps=2"),
     ],
     ids=str,
 )

@@ -71,6 +71,10 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(sharding.use_rules(config.mesh.rules))
         size = config.model.image_size[0]
+        if config.model.attention == "cudnn" and devices[0].platform != "gpu":
+            raise UserError(
+                f"model.attention=cudnn needs a GPU but the devices are {devices[0].platform}: set model.attention=auto"
+            )
         if config.train.eval_every and not epath.Path(config.eval.reference or "/none/").exists():
             raise UserError(
                 f"train.eval_every={config.train.eval_every} needs eval.reference={config.eval.reference!r} to exist: "
@@ -86,7 +90,7 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         found = checkpoints.find()
         if found:
             config_change.check(found.record.config, config, allowed=allow_change)
-        if found and found.step >= config.train.steps:
+        if found and found.step >= config.train.steps and not training.find_owed(config.train, workdir, found.step):
             distributed.say(f"{workdir} is finished: it has all {found.step} steps")
             return
         stack.callback(job.close)

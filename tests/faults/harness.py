@@ -24,15 +24,18 @@ from dip_jax.config import Config, from_dict, to_dict
 from dip_jax.data import shards
 
 TESTS = pathlib.Path(__file__).parent.parent
-EXACT = ("loss", "grad_norm", "param_norm", "skipped")  # columns that a resumed run must repeat bit for bit
+EXACT = ("loss", "grad_norm", "param_norm", "skipped", "replaced")  # columns that a resumed run must repeat bit for bit
 
 
-def make_dataset(folder: pathlib.Path, *, records: int = 48, size: int = 16, classes: int = 3, seed: int = 0) -> pathlib.Path:
-    """A small dataset directory of random images, and its path."""
+def make_dataset(
+    folder: pathlib.Path, *, records: int = 48, size: int = 16, classes: int = 3, seed: int = 0, bad: int = 0
+) -> pathlib.Path:
+    """A small dataset directory of random images, its last `bad` ones of another size, and its path."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     labels = [i % classes for i in range(records)]
     images = [rng.integers(0, 256, (size, size, 3), dtype=np.uint8).tobytes() for _ in labels]
+    images[records - bad :] = [b"short"] * bad
     path = folder / "train-00000-of-00001.array_record"
     shard = dataclasses.replace(shards.write_shard(path, zip(labels, images, strict=True)), file=path.name)
     info = shards.DatasetInfo(
@@ -116,7 +119,7 @@ class Nursery:
     def __exit__(self, *exc: object) -> None:
         self._process.stdin.close()
         self._process.stdout.close()
-        self._process.wait(30)
+        self._process.wait()
 
     def ask(self, request: Mapping[str, object]) -> dict:
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -135,6 +138,7 @@ class Nursery:
         """Starts `train(config, workdir=workdir, **options)`; `fault` names a function of `faults.injections` to run first."""
         self._count += 1
         log = self._scratch / f"child-{self._count}.log"
+        log.touch()  # it may be read before the child writes
         request = {"config": to_dict(config), "workdir": str(workdir), "log": str(log), "fault": fault}
         request |= {"options": options, "environment": dict(environment or {})}
         return Child(self, self.ask(request)["pid"], log)
@@ -161,10 +165,10 @@ class Nursery:
             children.append(self.start(mine, workdir, environment=common | {"JAX_PROCESS_ID": str(index)}, **options))
         return children
 
-    def run(self, config: Config, workdir: pathlib.Path, **options: object) -> tuple[int, str]:
+    def run(self, config: Config, workdir: pathlib.Path, *, timeout: float = 300.0, **options: object) -> tuple[int, str]:
         """Exit code and log of a whole run."""
         child = self.start(config, workdir, **options)
-        return child.wait(), child.log
+        return child.wait(timeout), child.log
 
 
 def curve(workdir: pathlib.Path) -> list[dict]:
@@ -179,6 +183,21 @@ def check_curve(workdir: pathlib.Path, reference: pathlib.Path) -> None:
     assert actual == expected
     steps = [line.split(",")[0] for line in (workdir / "metrics.csv").read_text().splitlines()[1:]]
     assert steps == [str(row["step"]) for row in actual]
+
+
+def descendants(pid: int) -> list[int]:
+    """Children of a process, their children, and so on."""
+    tasks = pathlib.Path(f"/proc/{pid}/task").iterdir()
+    own = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return own + [each for child in own for each in descendants(child)]
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs; one that has ended but was not asked for its exit code does not."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def steps_of(workdir: pathlib.Path) -> list[int]:

@@ -1,12 +1,14 @@
 """Faults planted inside a child before it trains; each is a function that patches one seam."""
 
+import errno
 import os
+import signal
 import time
 
 import jax
 import jax.numpy as jnp
 
-from dip_jax import guard, step
+from dip_jax import guard, step, steps, training
 from dip_jax.data import pipeline
 
 
@@ -22,6 +24,10 @@ def _harm_batches(harm) -> None:
             batch = next(self._inner)
             self._k += 1
             return harm(self._k - 1, self._salt, batch)
+
+        @property
+        def replaced(self):
+            return self._inner.replaced
 
         def close(self):
             self._inner.close()
@@ -124,3 +130,27 @@ def nan_parameter() -> None:
 def blind_to_space() -> None:
     """The check of free space sees nothing, so that the disk fills up in the middle of a save."""
     guard.require_space = lambda path, needed: None
+
+
+def killed_before_the_picture() -> None:
+    """The process dies when the last step is saved and its picture is about to be drawn."""
+
+    def show_samples(self):
+        self._checkpoints.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    training.Run._show_samples = show_samples
+
+
+def second_save_fails() -> None:
+    """The second save finds no room when it has gone into the background."""
+    original, calls = steps.write_manifest, []
+
+    def write_manifest(path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(path)
+
+    steps.write_manifest = write_manifest
+    slow_steps()

@@ -15,7 +15,7 @@ CHANGES = {"train__steps": 4}
 
 
 @pytest.mark.parametrize(
-    "tries", [pytest.param(20, marks=pytest.mark.slow), pytest.param(600, marks=pytest.mark.campaign)], ids=str
+    "tries", [pytest.param(20, marks=pytest.mark.slow), pytest.param(240, marks=pytest.mark.campaign)], ids=str
 )
 def test_no_harm_restores_wrong_numbers(reference, tmp_path, tries):
     rng = random.Random(0)

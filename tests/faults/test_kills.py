@@ -11,9 +11,15 @@ from faults import harness
 CHANGES = {"train__steps": 100}
 
 
-@pytest.mark.parametrize("kills", [pytest.param(100, marks=pytest.mark.campaign)], ids=str)
-def test_kills_at_random_moments(nursery, config, reference, tmp_path, kills):
-    rng = random.Random(0)
+def parts(campaign: int) -> list:
+    """Seeds: the first for the slow suite, the others for the campaign, each a test of its own."""
+    return [pytest.param(seed, marks=pytest.mark.campaign if seed else pytest.mark.slow) for seed in range(campaign + 1)]
+
+
+@pytest.mark.parametrize("seed", parts(10))
+def test_kills_at_random_moments(nursery, config, reference, tmp_path, seed):
+    rng = random.Random(seed)
+    kills = 10 if seed else 3
     done = runs = 0
     while done < kills:
         workdir, runs = tmp_path / f"run{runs}", runs + 1
@@ -36,9 +42,10 @@ def test_kills_at_random_moments(nursery, config, reference, tmp_path, kills):
     print(f"{done} kills in {runs} runs: every curve equals the reference")
 
 
-@pytest.mark.parametrize("kills", [pytest.param(20, marks=pytest.mark.campaign)], ids=str)
-def test_kills_while_old_steps_are_deleted(nursery, changed, reference, tmp_path, kills):
-    rng = random.Random(1)
+@pytest.mark.parametrize("seed", parts(3))
+def test_kills_while_old_steps_are_deleted(nursery, changed, reference, tmp_path, seed):
+    rng = random.Random(seed)
+    kills = 7 if seed else 2
     config = changed(checkpoint__keep_last=1)
     workdir, done = tmp_path / "run", 0
     root = workdir / "checkpoints"
