@@ -1,55 +1,158 @@
 """Several processes as one run: joining, agreeing on a number, noticing a preemption together.
 
-The environment says who is who: JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID. Without the first, a
-process trains alone.
+Who is who is found in this order:
+    JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID   anything else: set them yourself
+    SLURM_*                                                                a step of `srun` with several tasks
+    OMPI_*                                                                 Open MPI's `mpirun`
+    a TPU virtual machine                                                  asked by JAX itself
+With none of these a process works alone.
 """
 
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import json
 import os
+import pathlib
+import re
 import sys
+import threading
 import zlib
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dip_jax.errors import UserError
+from dip_jax.errors import Exit, UserError
 
 T = TypeVar("T")
 TIMEOUT_SECONDS = 60  # to find the coordinator; JAX alone waits five minutes
 HEARTBEAT_SECONDS = 30  # without a sign of life of a peer, a process ends, so that the launcher can restart all
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_PORTS = (61440, 4096)  # first and count of those that a scheduler's job number is mapped to
+
+
+@dataclasses.dataclass(frozen=True)
+class Membership:
+    """A process's place in a run."""
+
+    address: str  # of process 0
+    count: int
+    index: int
+    devices: tuple[int, ...] | None = None  # of this host, where several processes share it; None: all that are visible
+
+
+def find_membership(environment: Mapping[str, str]) -> Membership | None:
+    """What an environment (such as `os.environ`) says about this process; None where it works alone.
+
+    Raises:
+        UserError: if what is set is incomplete or makes no sense.
+    """
+    found = _from_slurm(environment) or _from_open_mpi(environment)
+    address, count, index = (environment.get(name) for name in _VARIABLES)
+    if not address:
+        return found
+    if found:  # a launcher's own coordinator: the scheduler still knows who is who
+        count, index = count or str(found.count), index or str(found.index)
+    missing = [name for name, value in zip(_VARIABLES, (address, count, index), strict=True) if not value]
+    if missing:
+        raise UserError(f"JAX_COORDINATOR_ADDRESS is set but {' and '.join(missing)} is not: set all three, or none")
+    if not re.fullmatch(r".+:\d+", address):
+        raise UserError(f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT of process 0")
+    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+        raise UserError(f"JAX_PROCESS_ID={index} must be a number from 0 to JAX_NUM_PROCESSES={count} - 1")
+    return Membership(address, int(count), int(index), found.devices if found else None)
+
+
+def _from_slurm(environment: Mapping[str, str]) -> Membership | None:
+    names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
+    if any(name not in environment for name in names) or environment["SLURM_STEP_NUM_TASKS"] == "1":
+        return None
+    job, nodes, count, index, place = (environment[name] for name in names)
+    host, number = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes).groups()  # "n[001-004,7],m1" begins with n001
+    tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1")).group()  # "2(x3)"
+    devices = _own_device(environment, place=int(place), processes=int(tasks))
+    return Membership(f"{host}{number or ''}:{_port(int(job))}", int(count), int(index), devices)
+
+
+def _from_open_mpi(environment: Mapping[str, str]) -> Membership | None:
+    names = ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+    if any(name not in environment for name in names) or environment["OMPI_COMM_WORLD_SIZE"] == "1":
+        return None
+    uri, count, index, place = (environment[name] for name in names)  # "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"
+    host = re.search(r"tcp6?://\[?([^,:\]]+|[^,\]]+)", uri).group(1)
+    devices = _own_device(environment, place=int(place), processes=int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")))
+    return Membership(f"{host}:{_port(int(uri.split('.')[0]) >> 12)}", int(count), int(index), devices)
+
+
+def _port(job: int) -> int:
+    first, count = _PORTS
+    return first + job % count
+
+
+def _own_device(environment: Mapping[str, str], *, place: int, processes: int) -> tuple[int, ...] | None:
+    """The GPU of one of several processes of a host, unless the scheduler already shows it only that one."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    alone = processes == 1 or (visible is not None and len(visible.split(",")) < processes)
+    return None if alone else (place,)
 
 
 def start() -> None:
-    """Joins the other processes where the environment names a coordinator; does nothing for a single process.
+    """Joins the other processes of the run, if there are any. Must run before anything touches a device.
 
-    Must run before anything touches a device.
+    A run that does not come together within a minute ends with one line that names the address and `Exit.CRASH`: JAX alone
+    would wait for five minutes and abort.
 
     Raises:
-        UserError: if the variables are incomplete or the coordinator does not answer within a minute, with its address.
+        UserError: if the environment is incomplete, or the processes cannot join.
     """
-    values = {name: os.environ.get(name) for name in _VARIABLES}
-    if not values["JAX_COORDINATOR_ADDRESS"] or jax.distributed.is_initialized():
+    if jax.distributed.is_initialized():
         return
-    missing = [name for name, value in values.items() if not value]
-    if missing:
-        raise UserError(f"JAX_COORDINATOR_ADDRESS is set but {' and '.join(missing)} is not: set all three, or none")
-    address, count, index = values.values()
-    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-        raise UserError(f"JAX_PROCESS_ID={index} must be a number from 0 to JAX_NUM_PROCESSES={count} - 1")
+    member = find_membership(os.environ)
+    if member is None and not _on_tpu_machine():
+        return
+    options: dict[str, Any] = {"initialization_timeout": 2 * TIMEOUT_SECONDS, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    if member:
+        options |= {"coordinator_address": member.address, "num_processes": member.count, "process_id": member.index}
+        options |= {"local_device_ids": member.devices, "cluster_detection_method": "deactivate"}
+    who = f"process {member.index} of {member.count} waited {TIMEOUT_SECONDS} s" if member else f"waited {TIMEOUT_SECONDS} s"
+    where = f" at {member.address}" if member else ""
     try:
-        jax.distributed.initialize(
-            address,
-            int(count),
-            int(index),
-            initialization_timeout=TIMEOUT_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
+        with _deadline(f"{who} for the others{where}: is every process started, and is that address process 0's?"):
+            jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
+        if member is None:  # no pod: one TPU machine
+            return
         reason = str(error).splitlines()[0]
-        raise UserError(f"process {index} of {count} cannot join the run at {address}: {reason}") from error
+        raise UserError(
+            f"process {member.index} of {member.count} cannot join the run at {member.address}: {reason}"
+        ) from error
+    agree(0)  # on CPUs the first exchange waits for 30 s only, later ones as long as it takes: so it is made while all are here
+
+
+def _on_tpu_machine() -> bool:
+    wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0]
+    return wanted == "tpu" and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+@contextlib.contextmanager
+def _deadline(message: str) -> Iterator[None]:
+    """Ends the process with a message where the block takes longer than TIMEOUT_SECONDS; C++ code cannot be interrupted."""
+
+    def end() -> None:
+        os.write(2, f"dip_jax: {message}\n".encode())
+        os._exit(Exit.CRASH)
+
+    timer = threading.Timer(TIMEOUT_SECONDS, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_main() -> bool:
@@ -78,18 +181,45 @@ def largest(value: int) -> int:
     return value if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
-def require_same(what: str, text: str) -> None:
-    """Checks that every process holds the same text, such as its config.
+def code_version() -> str:
+    """A digest of the package's source files: what two hosts must share to run the same program."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def require_same(facts: Mapping[str, Any]) -> None:
+    """Checks that every process holds the same facts, such as its config. All must call it.
+
+    Args:
+        facts: JSON values, nested as they like.
 
     Raises:
-        UserError: in every process, naming those that differ from process 0.
+        UserError: in every process, with the first differences from process 0.
     """
     if jax.process_count() == 1:
         return
-    digests = multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode())))
+    lines = _flatten(facts)
+    own = json.dumps(lines).encode()
+    digests = multihost_utils.process_allgather(np.uint32(zlib.crc32(own)))
     others = [int(index) for index in np.flatnonzero(digests != digests[0])]
-    if others:
-        raise UserError(f"{what} of process {others} differs from process 0's: start every process with the same command")
+    if not others:
+        return
+    sizes = multihost_utils.process_allgather(np.int32(len(own)))
+    texts = multihost_utils.process_allgather(np.frombuffer(own.ljust(int(sizes.max())), np.uint8))
+    first, other = (json.loads(texts[index].tobytes()) for index in (0, others[0]))
+    differing = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+    shown = "; ".join(f"{key}: {first.get(key)} in process 0, {other.get(key)} in process {others[0]}" for key in differing[:5])
+    raise UserError(f"processes {others} differ from process 0 in {shown}: start every process with the same command")
+
+
+def _flatten(facts: Any, prefix: str = "") -> dict[str, str]:
+    """{"a": {"b": 1}} as {"a.b": "1"}."""
+    if not isinstance(facts, Mapping):
+        return {prefix: json.dumps(facts)}
+    parts = (_flatten(value, f"{prefix}.{key}" if prefix else key) for key, value in facts.items())
+    return {key: text for part in parts for key, text in part.items()}
 
 
 def preempted(step: int) -> bool:
@@ -98,6 +228,18 @@ def preempted(step: int) -> bool:
     JAX's preemption service hears SIGTERM and settles the step. Call it once per step, in all processes.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def on_all(action: Callable[[], T]) -> T:
+    """Runs `action` in every process; what it raises as a `UserError` in one ends all. All must call it."""
+    result = error = None
+    try:
+        result = action()
+    except UserError as raised:
+        error = raised
+    if largest(int(error is not None)):
+        raise error or UserError("another process stopped with an error: see its log")
+    return result
 
 
 def on_main(action: Callable[[], T]) -> T | None:

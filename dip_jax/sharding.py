@@ -75,6 +75,24 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def check_split(mesh: Mapping[str, int], *, model: config.Model, batch_size: int, accumulate: int) -> None:
+    """Refuses sizes that the axes of a mesh do not divide.
+
+    Raises:
+        UserError: for a batch that does not split over devices and micro-batches, or heads that do not split over tensor.
+    """
+    shards = mesh["data"] * mesh["fsdp"] * accumulate
+    if batch_size % shards:
+        raise UserError(
+            f"data.batch_size={batch_size} is not divisible by the {shards} parts that data x fsdp x optim.accumulate split it "
+            "into: change one of them"
+        )
+    if model.num_heads % mesh["tensor"]:
+        raise UserError(
+            f"mesh.tensor={mesh['tensor']} does not divide model.num_heads={model.num_heads}: choose a divisor, no head is cut"
+        )
+
+
 @contextlib.contextmanager
 def use_rules(own: Rules) -> Iterator[None]:
     """Puts the config's own rules before `RULES` for `spec`, `shardings` and `constrain` inside the block."""

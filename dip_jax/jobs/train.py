@@ -10,7 +10,6 @@ devices. Options that decide what is learnt may not change within a workdir; --a
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Collection
 
 import jax
@@ -66,8 +65,13 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
     devices = jax.devices()
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(guard.Signals(shared=jax.process_count() > 1))
-        distributed.require_same("the config", json.dumps(to_dict(config)))
+        distributed.require_same(
+            {"config": to_dict(config), "code": distributed.code_version(), "jax": jax.__version__, "devices": len(devices)}
+        )
         mesh = sharding.make_mesh(config.mesh, devices)
+        sharding.check_split(
+            mesh.shape, model=config.model, batch_size=config.data.batch_size, accumulate=config.optim.accumulate
+        )
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(sharding.use_rules(config.mesh.rules))
         size = config.model.image_size[0]
@@ -80,7 +84,10 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
                 f"train.eval_every={config.train.eval_every} needs eval.reference={config.eval.reference!r} to exist: "
                 "a dataset directory or an .npz"
             )
-        dataset = pipeline.open_dataset(config.data.path, image_size=size, source=config.data.source)
+        dataset = distributed.on_all(
+            lambda: pipeline.open_dataset(config.data.path, image_size=size, source=config.data.source)
+        )
+        distributed.require_same({"data.fingerprint": dataset.fingerprint})
         lock = guard.Lock(workdir)
         distributed.on_main(lambda: (guard.require_writable(workdir), lock.acquire()))
         stack.callback(lock.release)
