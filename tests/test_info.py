@@ -25,7 +25,7 @@ def load(name: str, *arg: str) -> config.Config:
 
 
 def test_the_command_prints_the_paper_count_as_json(capsys):
-    assert __main__.main(["info", f"--config={CONFIGS / 'dip.py'}", "--mesh=data:8", "--json"]) == 0
+    assert __main__.main(["info", f"--config={CONFIGS / 'dip.py'}", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"]["total"] == 630_595_811
     assert facts["parameters"]["head"] == 5_574_467
@@ -36,7 +36,7 @@ def test_the_command_prints_the_paper_count_as_json(capsys):
 
 
 def test_the_command_prints_tables(capsys):
-    assert __main__.main(["info", f"--config={CONFIGS / 'demo.py'}", "--mesh=data:2"]) == 0
+    assert __main__.main(["info", f"--config={CONFIGS / 'demo.py'}"]) == 0
     text = capsys.readouterr().out
     for part in ("head/down_0/kernel", "GFLOP per image", "activations", "GiB", "over DiT-only"):
         assert part in text
@@ -128,7 +128,7 @@ def test_memory_is_divided_by_the_mesh():
 
 def test_a_mesh_that_does_not_fit_is_refused():
     base = load("dip")
-    with pytest.raises(UserError, match=r"data.batch_size=256 does not split"):
+    with pytest.raises(UserError, match=r"data.batch_size=256 is not divisible by the 7 parts"):
         info.describe(base, mesh=config.Mesh(data=7))
     for text in ("data", "data:x", "rows:2"):
         with pytest.raises(UserError, match="is not AXIS:SIZE"):

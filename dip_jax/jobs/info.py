@@ -1,8 +1,12 @@
 """Parameters, FLOPs and memory of a config, before paying for it. Touches no accelerator.
 
+With --mesh the training step is compiled for so many fake CPU devices (seconds to minutes, no arrays), and memory, collectives
+and the predicted time of a step on v5p, v6e, H100 and H200 are added: estimates, as the compiler is the CPU's.
+
 Examples:
   python -m dip_jax info --config=configs/dip.py
   python -m dip_jax info --config=configs/dip.py:512 --mesh=data:8,fsdp:4
+  python -m dip_jax info --config=configs/dip.py --mesh=data:64 --config.mesh.zero1=True
   python -m dip_jax info --config=configs/dip.py --json
 """
 
@@ -10,6 +14,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +22,7 @@ from absl import flags as absl_flags
 from clu import parameter_overview
 from jax.sharding import AbstractMesh, AxisType
 
-from dip_jax import command_line, cost, optim, sharding, state
+from dip_jax import command_line, cost, hardware, optim, plan, sharding, state
 from dip_jax.config import Config, Mesh
 from dip_jax.errors import UserError
 from dip_jax.models import dip
@@ -26,7 +31,7 @@ from dip_jax.models import dip
 def define_flags(flags: absl_flags.FlagValues) -> None:
     """The command's flags."""
     command_line.define_config(flags)
-    absl_flags.DEFINE_string("mesh", "", "devices to plan for, such as data:8,fsdp:4; default: the config's", flag_values=flags)
+    absl_flags.DEFINE_string("mesh", "", "devices to compile for, such as data:8,fsdp:4", flag_values=flags)
     absl_flags.DEFINE_boolean("json", False, "print one JSON object instead of tables", flag_values=flags)
 
 
@@ -34,7 +39,12 @@ def run(flags: absl_flags.FlagValues) -> None:
     """The command."""
     jax.config.update("jax_platforms", "cpu")  # a plan must not take an accelerator that another process uses
     config = command_line.read_config(flags)
-    facts = describe(config, mesh=read_mesh(flags.mesh) if flags.mesh else config.mesh)
+    mesh = config.mesh
+    if flags.mesh:
+        mesh = dataclasses.replace(read_mesh(flags.mesh), zero1=mesh.zero1, rules=mesh.rules)
+    facts = describe(config, mesh=mesh)
+    if flags.mesh:
+        facts["compiled"] = describe_compiled(config, mesh=mesh, memory=facts["bytes_per_device"])
     if flags.json:
         print(json.dumps(facts, indent=2))
         return
@@ -53,7 +63,7 @@ def describe(config: Config, *, mesh: Mesh) -> dict[str, Any]:
             axes; batch_per_device.
 
     Raises:
-        UserError: if the model cannot be built, or the mesh does not divide the batch.
+        UserError: if the model cannot be built, or the mesh divides the batch or the heads into no whole parts.
     """
     model = dip.from_config(config.model)
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -62,21 +72,56 @@ def describe(config: Config, *, mesh: Mesh) -> dict[str, Any]:
     growth = parameters["total"] / _count(jax.eval_shape(baseline.init, jax.random.key(0))) - 1
     flops = _with_totals({part: count for part, count in cost.forward_flops(config.model).items() if count})
     grid = _abstract(mesh)
-    shards = grid.shape["data"] * grid.shape["fsdp"] * config.optim.accumulate
-    if config.data.batch_size % shards:
-        raise UserError(
-            f"data.batch_size={config.data.batch_size} does not split over data x fsdp x optim.accumulate = {shards}: "
-            "change one of them"
-        )
+    sharding.check_split(grid.shape, model=config.model, batch_size=config.data.batch_size, accumulate=config.optim.accumulate)
+    images = config.data.batch_size // (grid.shape["data"] * grid.shape["fsdp"] * config.optim.accumulate)
     memory = _state_bytes(model, config, grid, zero1=mesh.zero1)
-    memory["activations"] = config.data.batch_size // shards * cost.activation_bytes_per_image(model)
+    memory["activations"] = images * cost.activation_bytes_per_image(model)
     return {
         "parameters": {**parameters, "growth_over_dit_only": growth},
         "flops_per_image": flops,
         "head_share": {"parameters": parameters["head"] / parameters["total"], "flops": flops["head"] / flops["total"]},
         "bytes_per_device": {**memory, "total": sum(memory.values())},
         "mesh": dict(grid.shape),
-        "batch_per_device": config.data.batch_size // shards,
+        "batch_per_device": images,
+    }
+
+
+def describe_compiled(config: Config, *, mesh: Mesh, memory: Mapping[str, int]) -> dict[str, Any]:
+    """What the compiled training step needs, as JSON values; slow.
+
+    Args:
+        config: what to train.
+        mesh: its devices.
+        memory: bytes_per_device of `describe`.
+
+    Returns:
+        bytes_per_device: state (with the batch), temporaries and total; flops_per_device; collectives: rows of
+            `plan.Plan.totals`; predictions: for each accelerator fits, seconds (best, worst: with all or no communication
+            hidden behind products), images_per_second (of both), communication_share.
+
+    Raises:
+        UserError: as `plan.compile_plan`.
+    """
+    compiled = plan.compile_plan(config, mesh=mesh)
+    total = compiled.state_bytes + compiled.temporary_bytes
+    moved = sum(memory[part] for part in ("params", "optimizer", "ema", "gradients"))
+    predictions = {}
+    for name, device in hardware.ACCELERATORS.items():
+        guess = hardware.predict(
+            device, flops=compiled.flops, collectives=compiled.collectives, state_bytes=moved, total_bytes=total
+        )
+        seconds = (guess.best, guess.worst)
+        predictions[name] = {
+            "fits": guess.fits,
+            "seconds": seconds,
+            "images_per_second": [config.data.batch_size / one for one in seconds],
+            "communication_share": guess.communication_share,
+        }
+    return {
+        "bytes_per_device": {"state": compiled.state_bytes, "temporaries": compiled.temporary_bytes, "total": total},
+        "flops_per_device": compiled.flops,
+        "collectives": compiled.totals({axis: getattr(mesh, axis) for axis in sharding.AXES}),
+        "predictions": predictions,
     }
 
 
@@ -108,7 +153,26 @@ def tables(facts: dict[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
     lines += ["", f"per device, mesh {mesh}, {facts['batch_per_device']} images at a time:"]
     lines += [f"  {name:<14}{size / 2**30:>10.3f} GiB" for name, size in facts["bytes_per_device"].items()]
-    return "\n".join(lines)
+    return "\n".join(lines + (_compiled_tables(facts["compiled"]) if "compiled" in facts else []))
+
+
+def _compiled_tables(compiled: dict[str, Any]) -> list[str]:
+    lines = ["", "compiled for CPU devices, which compute bfloat16 in float32: for other devices an estimate from above"]
+    lines += [f"  {name:<14}{size / 2**30:>10.3f} GiB per device" for name, size in compiled["bytes_per_device"].items()]
+    lines += [f"  {'products':<14}{compiled['flops_per_device'] / 1e12:>10.3f} TFLOP per device and step"]
+    lines += ["", f"{'collective':<20}{'axes':<20}{'times':>8}{'GB per step':>14}{'GB sent':>10}"]
+    lines += [
+        f"{row['kind']:<20}{row['axes']:<20}{row['runs']:>8}{row['bytes'] / 1e9:>14.3f}{row['sent'] / 1e9:>10.3f}"
+        for row in compiled["collectives"]
+    ] or ["none"]
+    title = f"predicted at {hardware.EFFICIENCY:.0%} of the peak FLOPs, {hardware.LINK_EFFICIENCY:.0%} of the links:"
+    lines += ["", title, f"{'device':<8}{'fits':>6}{'ms per step':>16}{'images/s':>18}{'communication':>15}"]
+    for name, guess in compiled["predictions"].items():
+        low, high = (1e3 * second for second in guess["seconds"])
+        fast, slow = guess["images_per_second"]
+        fits, share = "yes" if guess["fits"] else "no", guess["communication_share"]
+        lines.append(f"{name:<8}{fits:>6}{f'{low:.0f}-{high:.0f}':>16}{f'{slow:,.0f}-{fast:,.0f}':>18}{share:>15.1%}")
+    return lines
 
 
 def _count(tree: Any) -> int:
