@@ -1,16 +1,39 @@
 # shellcheck shell=bash
-# Environment of every launcher: source it with the accelerator (auto|cpu|cuda|tpu). A reason beside each setting.
+# Environment of every launcher: source it with the accelerator (auto|cpu|cuda|tpu). A reason beside each setting; what is
+# already set in the environment stays. Versions of JAX and its plugins: requirements.txt and the extras of pyproject.toml.
+
+# The interpreter of install.sh, or another that has the package: a cluster's module, a container.
+export PYTHON=${PYTHON:-$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin/python}
 
 # Compile once per machine: a second start of the same step takes seconds instead of minutes.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/dip_jax/xla}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-1}
 
-# Fail here, with a clear message, rather than fall back to the CPU in silence.
-case "${1:-auto}" in
+# Fail with a clear message rather than fall back to the CPU in silence: JAX does so only where no platform is named.
+dip_platform=${1:-auto}
+if [ "$dip_platform" = auto ]; then
+  if [ -n "${JAX_PLATFORMS:-}" ]; then dip_platform=chosen
+  elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then dip_platform=cuda
+  elif compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then dip_platform=tpu
+  else dip_platform=cpu
+  fi
+fi
+case "$dip_platform" in
   cpu) export JAX_PLATFORMS=cpu ;;
   cuda) export JAX_PLATFORMS=cuda,cpu ;;
   tpu) export JAX_PLATFORMS=tpu,cpu ;;
+  chosen) ;;
+  *) echo "env.sh: accelerator '$dip_platform' is unknown: it is one of auto, cpu, cuda, tpu" >&2; exit 2 ;;
 esac
+
+if [[ $JAX_PLATFORMS == cuda* ]]; then
+  # JAX takes three quarters of the memory by default; nothing else computes on a training GPU.
+  export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+  # Collectives start as early and end as late as the data allow, so that products run beside them.
+  export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_latency_hiding_scheduler=true"
+  # Say why a link fails; the default says nothing. NCCL_SOCKET_IFNAME names the interface where NCCL picks a wrong one.
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+fi
 
 # A line is read when it is printed, also through a pipe.
 export PYTHONUNBUFFERED=1

@@ -1,0 +1,95 @@
+"""What the tests of launchers share: a run of a second, and its loss curve."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+from small_data import write_dataset
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 12
+
+# What launchers start as PYTHON: dip_jax with steps of a tenth of a second, so that what a test does meets a run in full swing.
+SLOW_PYTHON = """#!{python}
+import sys
+
+sys.path[:0] = {path!r}
+from dip_jax.__main__ import main
+from faults import injections
+
+if __name__ == "__main__":
+    injections.slow_steps()
+    sys.exit(main(sys.argv[3:]))
+"""
+
+CONFIG = """
+from dip_jax.config import defaults
+
+
+def get_config():
+    c = defaults()
+    c.model.update(size="tiny", depth=1, width=16, num_heads=2, patch_size=8, image_size=(16, 16), num_classes=3)
+    c.model.update(head="none", dtype="float32", remat="none")
+    c.optim.update(learning_rate=1e-3, ema_decay=0.9)
+    c.data.update(path={path!r}, batch_size=8, num_threads=2)
+    c.checkpoint.update(every_steps=4, keep_last=3)
+    c.sample.update(steps=2, batch_size=8)
+    c.train.update(steps={steps}, log_every=1, sample_every=0, watchdog_seconds=300.0)
+    return c
+"""
+
+
+def write_config(folder: pathlib.Path, *, steps: int = STEPS) -> pathlib.Path:
+    """A config file of a tiny run and the dataset that it reads."""
+    write_dataset(folder / "data", 24, size=16, classes=3)
+    file = folder / "tiny.py"
+    file.write_text(CONFIG.format(path=str(folder / "data"), steps=steps))
+    return file
+
+
+def write_slow_python(folder: pathlib.Path) -> pathlib.Path:
+    """An interpreter for launchers whose training steps are slow."""
+    file = folder / "python"
+    file.write_text(SLOW_PYTHON.format(python=sys.executable, path=[str(ROOT), str(ROOT / "tests")]))
+    file.chmod(0o755)
+    return file
+
+
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+    """For launchers: this interpreter, CPU devices, a compilation cache that all tests share."""
+    cache = os.environ.get("DIP_TEST_CACHE", "/tmp/dip_jax_test_cache") + "_launch"
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return kept | {
+        "PYTHON": sys.executable,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **more,
+    }
+
+
+def launch(*argv: object, timeout: float = 400, **env: str) -> subprocess.CompletedProcess:
+    """Runs a launcher to its end."""
+    return subprocess.run(
+        ["bash", *map(str, argv)], cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def free_address() -> str:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+    """The loss of every step; each must be there once."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(set(steps)), f"steps repeat or run backwards: {steps}"
+    return {row["step"]: row["loss"] for row in rows}
