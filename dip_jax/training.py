@@ -16,6 +16,7 @@ from dip_jax.config import Config, Train, to_dict
 from dip_jax.data import pipeline
 from dip_jax.errors import Exit, Interrupted
 from dip_jax.jobs import evaluate
+from dip_jax.metrics import image_sets
 from dip_jax.models import dip
 from dip_jax.typing import Params
 
@@ -49,7 +50,7 @@ class Run:
         self._signals, self._checkpoints = signals, checkpoints
         self._watchdog = guard.Watchdog(config.train.watchdog_seconds)
         self._watch = bad_numbers.Watch(config.train)
-        self._batches = self._writer = self._progress = None
+        self._batches = self._writer = self._progress = self._judge = None
         self._pending: tuple[int, dict[str, jax.Array], int] | None = None  # step, its metrics, bad records replaced by then
         self._replaced = 0  # bad records replaced before this start
 
@@ -58,6 +59,9 @@ class Run:
         config = self._config
         self._open_data(found, salt=found.record.data["salt"] if found else 0)
         self._model = dip.from_config(config.model)
+        if config.train.eval_every:  # on the host that judges; a missing reference or weights file ends all of them here
+            size, cache = config.model.image_size[0], evaluate.default_cache()
+            self._judge = distributed.on_main(lambda: evaluate.open_judge(config.eval, image_size=size, cache=cache))
         self._optimizer = optim.make_optimizer(config.optim, total_steps=config.train.steps)
         self._backbone = None if found else self._read_backbone()
         self._watchdog.beat(patience=_PATIENCE)
@@ -233,11 +237,9 @@ class Run:
         for name in find_owed(self._config.train, self._workdir, self._step) if owed else due(self._config.train, self._step):
             acts[name]()
 
-    def _draw(self, labels: np.ndarray) -> np.ndarray:
-        """Samples from the averaged weights, one per label; the same noise every time."""
-        batches = drawing.draw_batches(
-            self._model, self._state.ema, labels=labels, seed=0, options=self._config.sample, mesh=self._mesh
-        )
+    def _draw(self, labels: np.ndarray, params: Params) -> np.ndarray:
+        """Samples, one per label; the same noise every time."""
+        batches = drawing.draw_batches(self._model, params, labels=labels, seed=0, options=self._config.sample, mesh=self._mesh)
         return np.concatenate([images for _, images in batches])
 
     def _show_samples(self) -> None:
@@ -246,20 +248,23 @@ class Run:
         with self._aside():
             shown = range(min(self._config.model.num_classes, _CLASSES_SHOWN))
             labels = np.repeat(np.array(shown, np.int32), _SAMPLES_PER_CLASS)
-            images = self._draw(labels)
+            images = self._draw(labels, self._state.ema)
             if distributed.is_main():
                 grid = figures.class_grid(figures.Labelled(images, labels), self._dataset.classes)
                 self._writer.image(self._step, _PICTURE, np.asarray(grid))
 
     def _evaluate(self) -> None:
-        """Metrics of as many samples as `eval` says, a row of `eval.jsonl`."""
+        """Metrics of as many samples of the average and of the last weights as `eval` says: a row of `eval.jsonl`."""
         self._settle()
-        judge = self._config.eval
-        with self._aside():
-            images = self._draw(np.arange(judge.num_samples, dtype=np.int32) % self._config.model.num_classes)
-            if distributed.is_main():
-                options = {"features": judge.features, "weights": judge.weights, "batch_size": judge.batch_size}
-                self._writer.scalars(self._step, evaluate.evaluate(images, judge.reference, **options).metrics, table="eval")
+        labels = np.arange(self._config.eval.num_samples, dtype=np.int32) % self._config.model.num_classes
+        values: dict[str, float] = {}
+        for prefix, params in (("", self._state.ema), ("raw_", self._state.params)):
+            with self._aside():
+                images = image_sets.from_array(self._draw(labels, params), labels)
+                found = distributed.on_main(lambda images=images: self._judge(images))  # the other hosts wait here
+                values |= {prefix + name: value for name, value in (found or {}).items() if not (prefix and name == "N")}
+        if distributed.is_main():
+            self._writer.scalars(self._step, values, table="eval")
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:

@@ -11,34 +11,22 @@ import numpy as np
 import pytest
 import small_data
 from absl import flags
+from faults import harness
+from toy_network import D, halves, network
 
 from dip_jax import candidates, checkpoint, config
 from dip_jax.data import pipeline
 from dip_jax.errors import UserError
 from dip_jax.jobs import evaluate as job
+from dip_jax.jobs import train
 from dip_jax.metrics import features, image_sets, statistics
-from dip_jax.metrics.features import Network
 from dip_jax.metrics.judge import Judge
 from dip_jax.models import dip
-
-D = 6  # features: mean colour of the upper and the lower half
-
-
-def halves(images):
-    x = images.astype(jnp.float32)
-    middle = x.shape[1] // 2
-    pool = jnp.concatenate([x[:, :middle].mean(axis=(1, 2)), x[:, middle:].mean(axis=(1, 2))], axis=1)
-    return {"pool": pool, "spatial": pool[:, :3] / 2, "logits": pool / 50}
-
-
-def network(suffix="_toy"):
-    dimensions = {"pool": D, "spatial": 3}
-    return Network("toy", suffix, "0" * 64, jax.jit(halves), lambda h, w: f"{h}x{w} as they are", dimensions)
 
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    monkeypatch.setitem(features.NETWORKS, "toy", lambda weights: network())
+    monkeypatch.setitem(features.NETWORKS, "lite0", lambda weights: network())
     features.open_network.cache_clear()
     yield
     features.open_network.cache_clear()
@@ -70,7 +58,7 @@ def expected_metrics(samples, references, suffix="_toy"):
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_metrics_are_those_of_the_features_whatever_the_batch(batch_size):
     samples, references = pictures(1, 60), pictures(2, 50, brightness=20)
-    found = job.evaluate(samples, references, features="toy", batch_size=batch_size)
+    found = job.evaluate(samples, references, features="lite0", batch_size=batch_size)
     expected = expected_metrics(samples, references)
     assert list(found.metrics) == list(expected)
     for name, value in expected.items():
@@ -79,7 +67,7 @@ def test_metrics_are_those_of_the_features_whatever_the_batch(batch_size):
 
 def test_the_protocol_says_how(tmp_path):
     np.savez(tmp_path / "r.npz", arr_0=pictures(2, 50))
-    found = job.evaluate(pictures(1, 30), tmp_path / "r.npz", features="toy")
+    found = job.evaluate(pictures(1, 30), tmp_path / "r.npz", features="lite0")
     protocol = json.loads(json.dumps(found.protocol))
     assert protocol["features"] == "toy" and protocol["features_sha256"] == "0" * 64
     assert protocol["reference_images"] == 50 and protocol["input"] == "4x4 as they are"
@@ -88,28 +76,28 @@ def test_the_protocol_says_how(tmp_path):
 
 
 def test_few_samples_are_called_so():
-    assert any("biased" in note for note in job.evaluate(pictures(1, D), pictures(2, 50), features="toy").notes)
-    assert not any("biased" in note for note in job.evaluate(pictures(1, D + 1), pictures(2, 50), features="toy").notes)
+    assert any("biased" in note for note in job.evaluate(pictures(1, D), pictures(2, 50), features="lite0").notes)
+    assert not any("biased" in note for note in job.evaluate(pictures(1, D + 1), pictures(2, 50), features="lite0").notes)
 
 
 def test_a_reference_is_summarised_once_and_its_copy_survives_damage(tmp_path, monkeypatch):
     samples, references = pictures(1, 40), pictures(2, 50)
-    first = job.evaluate(samples, references, features="toy", cache=tmp_path)
+    first = job.evaluate(samples, references, features="lite0", cache=tmp_path)
     (kept,) = tmp_path.iterdir()
     seen = []
     real = features.summarise
     monkeypatch.setattr("dip_jax.metrics.judge.summarise", lambda *a, **k: seen.append(a[1].count) or real(*a, **k))
-    assert job.evaluate(samples, references, features="toy", cache=tmp_path).metrics == first.metrics
+    assert job.evaluate(samples, references, features="lite0", cache=tmp_path).metrics == first.metrics
     assert seen == [40]
-    assert job.evaluate(samples, pictures(3, 50), features="toy", cache=tmp_path).metrics != first.metrics
+    assert job.evaluate(samples, pictures(3, 50), features="lite0", cache=tmp_path).metrics != first.metrics
     kept.write_bytes(kept.read_bytes()[:100])
-    assert job.evaluate(samples, references, features="toy", cache=tmp_path).metrics == first.metrics
+    assert job.evaluate(samples, references, features="lite0", cache=tmp_path).metrics == first.metrics
     assert seen == [40, 50, 40, 50, 40] or sorted(seen) == [40, 40, 40, 50, 50]
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path):
     (tmp_path / "file").write_text("")
-    job.evaluate(pictures(1, 10), pictures(2, 10), features="toy", cache=tmp_path / "file" / "below")
+    job.evaluate(pictures(1, 10), pictures(2, 10), features="lite0", cache=tmp_path / "file" / "below")
 
 
 def test_statistics_of_a_reference_file_are_used_where_the_network_is_theirs(tmp_path):
@@ -154,7 +142,7 @@ def test_the_nearest_neighbour_names_the_class():
 def test_sets_that_do_not_fit_are_refused_before_anything_runs(samples, references, message, monkeypatch):
     monkeypatch.setattr("dip_jax.metrics.judge.summarise", lambda *a, **k: pytest.fail("ran"))
     with pytest.raises(UserError, match=message):
-        job.evaluate(samples, references, features="toy")
+        job.evaluate(samples, references, features="lite0")
 
 
 def test_a_set_that_breaks_its_word():
@@ -176,7 +164,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     (tmp_path / "s.npz.json").write_text(json.dumps({"guidance": 4.0, "steps": 100}))
     out = tmp_path / "metrics.json"
     names = [f"--samples={tmp_path}/s.npz", f"--reference={tmp_path}/r.npz"]
-    command(*names, "--features=toy", f"--out={out}", f"--cache={tmp_path}/cache", "--precision=highest")
+    command(*names, "--features=lite0", f"--out={out}", f"--cache={tmp_path}/cache", "--precision=highest")
     found = json.loads(out.read_text())
     assert found["rows"][0]["N"] == 60 and found["sampling"] == {"guidance": 4.0, "steps": 100}
     assert found["protocol"]["matmul_precision"] == "highest"
@@ -226,22 +214,47 @@ def test_a_dataset_gives_all_its_images_or_a_labelled_choice(dataset):
     assert candidates.dataset_images(opened, count=100).count == 24
 
 
+def rows_of(folder):
+    return json.loads((folder / "evaluation.json").read_text())["rows"]
+
+
 @pytest.mark.slow
-def test_a_workdir_gives_a_row_per_weights_and_a_report(dataset, tmp_path, capsys):
-    small = {"depth": 1, "width": 32, "num_heads": 2, "patch_size": 8, "image_size": (16, 16), "num_classes": 3}
-    run = config.Config(
-        model=config.Model(size="tiny", head_width=4, dtype="float32", **small),
-        sample=config.Sample(steps=2, batch_size=8),
-        data=config.Data(path=str(dataset), batch_size=8),
-        eval=config.Eval(reference=str(dataset), num_samples=8),
-    )
-    params = jax.jit(dip.from_config(run.model).init)(jax.random.key(1))
-    checkpoint.write_weights(tmp_path / "run", params, config=run, step=3)
-    command(f"--workdir={tmp_path}/run", "--features=toy", "--quick", f"--cache={tmp_path}/cache")
-    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert [row["row"] for row in found["rows"]] == ["real training images", "untrained (step 0)", "averaged weights (EMA)"]
-    assert all(row["N"] == 8 and list(row) == list(found["rows"][0]) and "nearest_toy" in row for row in found["rows"])
-    assert found["sampling"]["steps"] == 2 and found["sampling"]["nfe"] == "2+1" and found["sampling"]["step"] == "3"
-    assert found["rows"][0]["fid_toy"] < found["rows"][2]["fid_toy"]
+def test_a_workdir_gives_a_row_per_weights_and_a_report(tmp_path, capsys):
+    data = harness.make_dataset(tmp_path / "set")
+    run = harness.tiny_config(data, train__steps=2, eval__reference=str(data), eval__num_samples=8)
+    train.train(run, workdir=tmp_path / "run")
+    for more in ([], ["--quick"]):
+        command(f"--workdir={tmp_path}/run", f"--cache={tmp_path}/cache", *more)
+        rows = rows_of(tmp_path / "run")
+        names = ["real training images", "untrained (step 0)", "last weights", "averaged weights (EMA)"]
+        assert [row["row"] for row in rows] == [name for name in names if not more or name != "last weights"]
+        assert all(row["N"] == 8 and list(row) == list(rows[0]) and "nearest_toy" in row for row in rows)
+        assert rows[0]["fid_toy"] < rows[-1]["fid_toy"]
+    sampling = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sampling"]
+    assert sampling["steps"] == 2 and sampling["nfe"] == "2+1" and sampling["step"] == "2"
     assert "averaged weights (EMA)" in (tmp_path / "run" / "report.html").read_text()
     assert "untrained" in capsys.readouterr().out
+
+
+def test_converted_weights_are_judged_without_data_or_a_training_state(dataset, tmp_path):
+    """They have the averaged weights alone, and the config of no run."""
+    small = {"depth": 1, "width": 32, "num_heads": 2, "patch_size": 8, "image_size": (16, 16), "num_classes": 3}
+    run = config.Config(model=config.Model(size="tiny", head_width=4, dtype="float32", **small), sample=config.Sample(steps=2))
+    params = jax.jit(dip.from_config(run.model).init)(jax.random.key(1))
+    checkpoint.write_weights(tmp_path / "run", params, config=run)
+    workdir, count = f"--workdir={tmp_path}/run", "--num_samples=8"
+    with pytest.raises(UserError, match="--reference is missing"):
+        command(workdir, count)
+    command(workdir, count, f"--reference={dataset}", f"--cache={tmp_path}/cache")
+    (row,) = rows_of(tmp_path / "run")
+    assert row["row"] == "averaged weights (EMA)" and row["N"] == 8 and "nearest_toy" not in row
+    assert "class 2" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_run_whose_data_went_elsewhere_is_judged_and_says_what_is_missing(dataset, tmp_path, capsys):
+    small = {"depth": 1, "width": 32, "num_heads": 2, "patch_size": 8, "image_size": (16, 16), "num_classes": 3}
+    model = config.Model(size="tiny", head="none", dtype="float32", **small)
+    run = config.Config(model=model, sample=config.Sample(steps=2), data=config.Data(path=str(tmp_path / "gone")))
+    checkpoint.write_weights(tmp_path / "run", jax.jit(dip.from_config(model).init)(jax.random.key(1)), config=run)
+    command(f"--workdir={tmp_path}/run", "--num_samples=8", f"--reference={dataset}", f"--cache={tmp_path}/cache")
+    assert "No row of real images and no nearest neighbour: no dataset at" in capsys.readouterr().out

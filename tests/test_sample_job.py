@@ -1,11 +1,4 @@
-"""`python -m dip_jax sample` as its user meets it: pictures, files, mistakes in one line, and kill -9."""
-
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-import time
+"""`python -m dip_jax sample` as its user meets it: pictures, files, mistakes in one line. Kills are in test_sample_hosts.py."""
 
 import jax
 import numpy as np
@@ -17,7 +10,6 @@ from dip_jax.__main__ import main
 from dip_jax.models import dip
 
 MODEL = {"size": "tiny", "depth": 1, "width": 16, "num_heads": 2, "patch_size": 8, "image_size": (16, 16), "num_classes": 4}
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -99,63 +91,3 @@ def test_missing_checkpoint_and_changed_settings(workdir, tmp_path, capfd):
     before = out.read_bytes()
     assert main(["sample", f"--workdir={workdir}", "--num_samples=8", "--seed=1", f"--out={out}"]) == 2
     assert "seed: 0 -> 1" in capfd.readouterr().err and out.read_bytes() == before
-
-
-def start(workdir, out, devices=8):
-    """A sampling process of its own, sharded over 8 devices: 10 batches of 8."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get("DIP_TEST_CACHE", "/tmp/dip_jax_test_cache") + "_sample",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    command = [sys.executable, "-m", "dip_jax", "sample", f"--workdir={workdir}", "--num_samples=80", f"--out={out}"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def kill_when(process, condition):
-    """SIGKILL at the first moment at which the condition holds; False where the process ended before."""
-    while process.poll() is None:
-        if condition():
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            return True
-        time.sleep(0.0005)
-    return False
-
-
-def check_kills(workdir, folder, points):
-    """Kills one run after another at each point (a number of finished batches, or the name of a file), then lets it end."""
-    whole, out = folder / "whole.npz", folder / "killed.npz"
-    undisturbed = start(workdir, whole)
-    undisturbed.communicate()
-    assert undisturbed.returncode == 0
-    parts = folder / "killed.npz.parts"
-    stamps = {}
-    killed = 0
-    for point in points:
-        process = start(workdir, out)
-        if isinstance(point, str):
-            killed += kill_when(process, (folder / point).exists)
-        else:
-            killed += kill_when(process, lambda point=point: parts.exists() and len(list(parts.glob("0*"))) >= point)
-        now = {path.name: path.stat().st_mtime_ns for path in parts.glob("0*")} if parts.exists() else {}
-        assert stamps.items() <= now.items() or not now  # no finished batch was drawn again
-        stamps = now
-    last = start(workdir, out)
-    _, said = last.communicate()
-    assert last.returncode == 0, said
-    assert out.read_bytes() == whole.read_bytes()
-    assert not parts.exists()
-    return killed
-
-
-def test_killed_once_and_given_again_the_file_is_the_same(workdir, tmp_path):
-    assert check_kills(workdir, tmp_path, [3]) == 1
-
-
-@pytest.mark.slow
-def test_killed_at_ten_points_the_file_is_the_same(workdir, tmp_path):
-    points = ["killed.npz.json", 0, 1, 2, 3, 5, 6, 8, 9, "killed.npz.partial"]
-    assert check_kills(workdir, tmp_path, points) >= 9  # joining the parts may be over before the kill arrives

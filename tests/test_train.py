@@ -16,7 +16,6 @@ from PIL import Image
 from dip_jax import checkpoint, config, config_change, guard, state, step, writers
 from dip_jax.__main__ import main
 from dip_jax.errors import Exit, Interrupted, UserError
-from dip_jax.jobs import evaluate as evaluation
 from dip_jax.jobs import train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -58,22 +57,6 @@ def test_a_run_leaves_what_the_readme_promises(finished, dataset):
     model, params = checkpoint.load(finished)
     output = model.apply(params, jnp.zeros((1, 16, 16, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     assert output.shape == (1, 16, 16, 3)
-
-
-def test_metrics_of_the_average_are_logged_while_training(dataset, tmp_path, monkeypatch):
-    judged = []
-
-    def evaluate(samples, reference, **options):
-        judged.append((samples.shape, reference, options))
-        return evaluation.Evaluation(metrics={"fid_lite0": 3.5, "n": 4}, protocol={}, notes=[])
-
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    changes = {"train__steps": 3, "train__eval_every": 2, "eval__num_samples": 4}
-    with pytest.raises(UserError, match=r"train.eval_every=2 needs eval.reference='' to exist"):
-        train.train(harness.tiny_config(dataset, **changes), workdir=tmp_path)
-    train.train(harness.tiny_config(dataset, eval__reference=str(dataset), **changes), workdir=tmp_path)
-    assert [row["step"] for row in writers.read_rows(tmp_path / "eval.jsonl")] == [2, 3]
-    assert judged[0][0] == (4, 16, 16, 3)
 
 
 def test_running_a_finished_run_again_says_so_and_does_nothing(finished, dataset, capsys, no_compilation):

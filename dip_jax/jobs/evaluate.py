@@ -12,31 +12,39 @@ Metrics of features=lite0, whose weights a Python package ships, are named so (f
 and compare with no published number.
 """
 
+import collections
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags as absl_flags
 from etils import epath
-from tqdm import tqdm
 
-from dip_jax import candidates, checkpoint, config, drawing, figures, guard, report, sample_files, sampler, steps, writers
+from dip_jax import (
+    candidates,
+    checkpoint,
+    config,
+    distributed,
+    drawing,
+    guard,
+    report,
+    sample_files,
+    sampler,
+    steps,
+    writers,
+)
 from dip_jax.data import pipeline
-from dip_jax.distributed import say
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.metrics import features as feature_networks
-from dip_jax.metrics import image_sets
 from dip_jax.metrics.image_sets import ImageSet, ReferenceFile
 from dip_jax.metrics.judge import Judge
 
 GALLERY = 2000  # training images among which the nearest neighbour of a sample is looked up
 _MOST_CLASSES = 100  # with more, the gallery holds too few images of a class
-_SHOWN = 8  # samples and training images of a class that the report shows
-_MOST_SHOWN = 2000
 _ROWS = {"initial": "untrained (step 0)", "raw": "last weights", "ema": "averaged weights (EMA)"}
 _FRAMES = 4  # samples in the report's trajectory
 
@@ -80,9 +88,9 @@ def evaluate(
     Raises:
         UserError: a file is missing, malformed or does not fit the others; before anything is compiled.
     """
-    drawn = _sample_set(samples)
+    drawn = candidates.sample_set(samples)
+    against = candidates.reference_set(reference, image_size=drawn.image_shape[0])
     network = feature_networks.open_network(features, weights)
-    against = _reference_set(reference, image_size=drawn.image_shape[0])
     judge = Judge(network, against, gallery=gallery, batch_size=batch_size, cache=cache)
     return Evaluation(judge(drawn), judge.protocol(), judge.notes(drawn.count))
 
@@ -101,16 +109,30 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_integer("seed", 0, "with --workdir: seed of the samples", **own)
     absl_flags.DEFINE_bool("quick", False, "with --workdir: leave out the row of the raw (not averaged) weights", **own)
     absl_flags.DEFINE_enum("precision", "default", ("default", "highest"), "highest: float32 throughout", **own)
-    absl_flags.DEFINE_string("cache", _default_cache(), "folder for the statistics of references", **own)
+    absl_flags.DEFINE_string("cache", default_cache(), "folder for the statistics of references", **own)
+
+
+def open_judge(
+    wanted: config.Eval, *, image_size: int, gallery: ImageSet | None = None, cache: epath.PathLike | None = None
+) -> Judge:
+    """The judge that a config section asks for; opened before anything is compiled, so that a missing file is told at once.
+
+    Raises:
+        UserError: the reference or the weights are missing, or do not fit together.
+    """
+    network = feature_networks.open_network(wanted.features, wanted.weights)
+    against = candidates.reference_set(wanted.reference, image_size=image_size)
+    return Judge(network, against, gallery=gallery, batch_size=wanted.batch_size, cache=cache)
 
 
 def run(flags: absl_flags.FlagValues) -> None:
-    """The command."""
+    """The command. Of several hosts all draw; the first alone judges and writes while the others wait."""
     if (flags.workdir is None) == (flags.samples is None):
         raise UserError("name one of --samples=FILE.npz and --workdir=DIR")
+    distributed.start()
     with jax.default_matmul_precision("highest" if flags.precision == "highest" else None):
         try:
-            _judge_workdir(flags) if flags.workdir else _judge_file(flags)
+            _judge_workdir(flags) if flags.workdir else distributed.on_main(lambda: _judge_file(flags))
         except KeyboardInterrupt:
             raise Interrupted("stopped, nothing was written; the same command starts again", code=Exit.INTERRUPTED) from None
 
@@ -118,61 +140,106 @@ def run(flags: absl_flags.FlagValues) -> None:
 def _judge_file(flags: absl_flags.FlagValues) -> None:
     if flags.reference is None:
         raise UserError("--reference is missing: name an .npz or a dataset directory to compare with")
-    found = evaluate(
-        _with_progress(_sample_set(flags.samples)),
-        flags.reference,
-        features=flags.features or config.Eval().features,
-        weights=flags.weights or "",
-        batch_size=flags.batch_size or config.Eval().batch_size,
-        cache=flags.cache,
-    )
+    samples = candidates.with_progress(candidates.sample_set(flags.samples))
+    judge = open_judge(_wanted(flags, config.Eval()), image_size=samples.image_shape[0], cache=flags.cache)
+    metrics = judge(samples)
     sampling = sample_files.read_settings(flags.samples)
-    _tell([{"row": os.path.basename(flags.samples)} | found.metrics], found.protocol, found.notes, sampling, out=flags.out)
+    row = {"row": os.path.basename(flags.samples)} | metrics
+    _tell([row], judge.protocol(), judge.notes(samples.count), sampling, out=flags.out)
+
+
+def _wanted(flags: absl_flags.FlagValues, base: config.Eval) -> config.Eval:
+    """The run's `eval` section with what the command line names; weights go with their network."""
+    named = {key: flags[key].value for key in ("reference", "features", "weights", "batch_size", "num_samples")}
+    if flags.features not in (None, base.features):
+        named["weights"] = flags.weights or ""
+    return dataclasses.replace(base, **{key: value for key, value in named.items() if value is not None})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bench:
+    """What samples of a workdir are held against, on the host that judges."""
+
+    judge: Judge
+    real: ImageSet | None  # training images, where they are at hand
+    class_names: Sequence[str]
+    notes: list[str]
+
+
+def _open_bench(flags: absl_flags.FlagValues, run: config.Config) -> _Bench:
+    wanted = _wanted(flags, run.eval)
+    if not wanted.reference:
+        raise UserError("--reference is missing and the run's config names none (eval.reference): name an .npz or a dataset")
+    size, notes, train = run.model.image_size[0], [], None
+    if run.data.path:
+        try:
+            train = pipeline.open_dataset(run.data.path, image_size=size, source=run.data.source)
+        except UserError as error:
+            notes.append(f"No row of real images and no nearest neighbour: {error}.")
+    gallery = candidates.dataset_images(train, count=GALLERY) if train and train.num_classes <= _MOST_CLASSES else None
+    judge = open_judge(wanted, image_size=size, gallery=gallery, cache=flags.cache)
+    real = candidates.dataset_images(train, count=wanted.num_samples, phase=0.5) if train else None
+    names = train.classes if train else [f"class {i}" for i in range(run.model.num_classes)]
+    return _Bench(judge, real, names, notes)
+
+
+def _rows_of(path: epath.Path, record: checkpoint.Record, *, quick: bool) -> list[str]:
+    """Which weights a step offers: what `convert` wrote was not trained here and has the average alone."""
+    rows = ["initial"] if record.data else []
+    return rows + (["raw"] if (path / "state").exists() and not quick else []) + ["ema"]
 
 
 def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     """A row each for real images, the untrained network, the last weights and their average; and the report."""
-    path = steps.find(flags.workdir, verify=True, report=say)
-    workdir, run_config = guard.absolute(flags.workdir), checkpoint.read_record(path).config
-    wanted = run_config.eval
-    reference = flags.reference or wanted.reference
-    if not reference:
-        raise UserError("--reference is missing and the run's config names none (eval.reference): name an .npz or a dataset")
-    features = flags.features or wanted.features
-    weights = flags.weights or (wanted.weights if features == wanted.features else "")
-    network = feature_networks.open_network(features, weights)
-    size, data = run_config.model.image_size[0], run_config.data
-    train = pipeline.open_dataset(data.path, image_size=size, source=data.source)
-    gallery = candidates.dataset_images(train, count=GALLERY) if train.num_classes <= _MOST_CLASSES else None
-    batch_size = flags.batch_size or wanted.batch_size
-    against = _reference_set(reference, image_size=size)
-    judge = Judge(network, against, gallery=gallery, batch_size=batch_size, cache=flags.cache)
-    count = flags.num_samples or wanted.num_samples
-    real = candidates.dataset_images(train, count=count, phase=0.5)
-    drawn = {"seed": flags.seed, "options": run_config.sample}
-    shown_real: list[np.ndarray] = []
-    rows = [{"row": "real training images"} | judge(_keeping(real, shown_real))]
-    for weights in ("initial", "ema") if flags.quick else ("initial", "raw", "ema"):
+    path = steps.find(flags.workdir, verify=True, report=distributed.say)
+    record = checkpoint.read_record(path)
+    run = record.config
+    count = _wanted(flags, run.eval).num_samples
+    bench = distributed.on_main(lambda: _open_bench(flags, run))
+    rows: list[dict[str, Any]] = []
+    shown: dict[str, list[np.ndarray]] = {"real": []}
+
+    def judge(name: str, images: ImageSet) -> None:
+        shown[name] = []
+        rows.append({"row": images.name} | bench.judge(candidates.with_progress(candidates.keeping(images, shown[name]))))
+
+    if bench and bench.real:
+        judge("real", dataclasses.replace(bench.real, name="real training images"))
+    distributed.agree(0)  # hosts draw together, so they start together
+    drawn = {"seed": flags.seed, "options": run.sample}
+    for weights in _rows_of(path, record, quick=flags.quick):
         model, params = checkpoint.load(path, weights=weights, verify=False)
         samples = candidates.drawn_samples(model, params, count=count, name=_ROWS[weights], **drawn)
-        shown: list[np.ndarray] = []  # in the end, the EMA's
-        rows.append({"row": samples.name} | judge(_with_progress(_keeping(samples, shown))))
-    sampling = _sampling(run_config, seed=flags.seed, step=path.name)
-    out = flags.out or workdir / "evaluation.json"
-    _tell(rows, judge.protocol(), judge.notes(count), sampling, out=out)
+        if bench:
+            judge(weights, samples)
+        else:
+            collections.deque(samples.batches(count), maxlen=0)  # this host draws its part, the first one judges
+        distributed.agree(0)
+    if bench:
+        _write_workdir(flags, run, bench, rows, step=path.name, shown=shown, samples=samples, model=model, params=params)
+    distributed.agree(0)  # the others wait for the one that writes
+
+
+def _write_workdir(flags, run, bench, rows, *, step, shown, samples, model, params) -> None:
+    """The table and the report; `shown` holds pictures by row, `samples` is the last row's set, drawn from `params`."""
+    workdir = guard.absolute(flags.workdir)
+    sampling = _sampling(run, seed=flags.seed, step=step)
+    notes = [*bench.judge.notes(samples.count), *bench.notes]
+    _tell(rows, bench.judge.protocol(), notes, sampling, out=flags.out or workdir / "evaluation.json")
+    labels = samples.labels[:_FRAMES]
     file = report.write_report(
         workdir / "report.html",
         title="DiP",
-        samples=_pictures(shown, samples),
-        real=_pictures(shown_real, real),
-        class_names=train.classes,
-        trajectory=drawing.draw_frames(model, params, labels=samples.labels[:_FRAMES], **drawn),
+        samples=candidates.pictures(shown["ema"], samples),
+        real=candidates.pictures(shown["real"], bench.real),
+        class_names=bench.class_names,
+        trajectory=drawing.draw_frames(model, params, labels=labels, seed=flags.seed, options=run.sample),
         history=writers.read_rows(workdir / "metrics.jsonl"),
         metrics=rows,
-        config=run_config,
-        notes=[*judge.notes(count), *_notes(judge.protocol(), sampling)],
+        config=run,
+        notes=[*notes, *_notes(bench.judge.protocol(), sampling)],
     )
-    say(f"wrote {file}")
+    distributed.say(f"wrote {file}")
 
 
 def _sampling(run: config.Config, *, seed: int, step: str) -> dict[str, Any]:
@@ -183,51 +250,6 @@ def _sampling(run: config.Config, *, seed: int, step: str) -> dict[str, Any]:
         "step": step,
         "dtype": run.model.dtype,
     }
-
-
-def _keeping(images: ImageSet, shown: list[np.ndarray]) -> ImageSet:
-    """The same set; its first images are kept in `shown` as they pass, enough of every class for the report."""
-    room = min(_SHOWN * len(np.unique(images.labels)), _MOST_SHOWN)
-
-    def batches(size: int) -> Iterator[np.ndarray]:
-        for batch in images.batches(size):
-            missing = room - sum(map(len, shown))
-            if missing > 0:
-                shown.append(batch[:missing].copy())
-            yield batch
-
-    return dataclasses.replace(images, batches=batches)
-
-
-def _pictures(shown: Sequence[np.ndarray], images: ImageSet) -> figures.Labelled:
-    """What `_keeping` kept of `images`."""
-    return figures.Labelled(np.concatenate(shown), images.labels[: sum(map(len, shown))])
-
-
-def _with_progress(images: ImageSet) -> ImageSet:
-    def batches(size: int) -> Iterator[np.ndarray]:
-        with tqdm(total=images.count, unit=" images", desc=images.name, disable=None) as bar:
-            for batch in images.batches(size):
-                yield batch
-                bar.update(len(batch))
-
-    return dataclasses.replace(images, batches=batches)
-
-
-def _sample_set(samples: Any) -> ImageSet:
-    if isinstance(samples, ImageSet):
-        return samples
-    return image_sets.from_array(samples) if isinstance(samples, np.ndarray) else image_sets.from_npz(samples)
-
-
-def _reference_set(reference: Any, *, image_size: int) -> ImageSet | ReferenceFile:
-    if isinstance(reference, ImageSet | ReferenceFile):
-        return reference
-    if isinstance(reference, np.ndarray):
-        return image_sets.from_array(reference)
-    if os.fspath(reference).endswith(".npz"):
-        return image_sets.read_reference(reference)
-    return candidates.dataset_images(pipeline.open_dataset(reference, image_size=image_size))
 
 
 def _tell(rows: Sequence[Mapping], protocol: Mapping, notes: Sequence[str], sampling: Mapping, *, out: Any) -> None:
@@ -256,5 +278,6 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str("" if value is None else value)
 
 
-def _default_cache() -> str:
+def default_cache() -> str:
+    """The folder in which statistics of references are kept."""
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dip_jax")

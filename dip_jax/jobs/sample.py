@@ -5,8 +5,9 @@ Examples:
   python -m dip_jax sample --workdir=runs/demo --labels=3,7 --num_samples=16 --out=some.png --trajectory=steps.png
   python -m dip_jax sample --workdir=runs/xl --num_samples=50000 --out=samples.npz   50 per class, labels interleaved
 
-A run that was killed goes on where it stopped when the same command is given again: finished batches are kept, and the file is
-the same to the byte. Sample i depends on (seed, i, label) alone, not on the batch size, the devices or the number of hosts.
+A killed run into an .npz or a directory goes on where it stopped when the same command is given again, on any number of hosts:
+finished batches are kept, and the file is the same to the byte. A .png is drawn anew. Sample i depends on (seed, i, label)
+alone, not on the batch size, the devices or the number of hosts.
 """
 
 import dataclasses
@@ -108,15 +109,16 @@ def run(flags: absl_flags.FlagValues) -> None:
     arguments = {"labels": labels, "seed": flags.seed, "options": options}
     settings = _settings(flags, step=path.name, params=params, model=model, **arguments)
     distributed.say(_describe(settings))
+    names = class_names(record.config, model)
     with jax.default_matmul_precision("highest" if flags.precision == "highest" else None):
         try:
-            _write(flags.out, model, params, settings, names=_class_names(record.config, model), **arguments)
+            _write(flags.out, model, params, settings, names=names, **arguments)
         except KeyboardInterrupt:
-            raise Interrupted("stopped; the same command goes on where it stopped", code=Exit.INTERRUPTED) from None
+            again = "starts again" if flags.out.endswith(".png") else "goes on where it stopped"
+            raise Interrupted(f"stopped; the same command {again}", code=Exit.INTERRUPTED) from None
         if flags.trajectory is not None:
-            first = {**arguments, "labels": labels[:_SHOWN]}
-            strip = figures.trajectory(drawing.draw_frames(model, params, **first), _class_names(record.config, model))
-            _save_picture(flags.trajectory, strip)
+            arguments["labels"] = labels[:_SHOWN]
+            distributed.on_main(lambda: _save_picture(flags.trajectory, _strip(model, params, names, **arguments)))
 
 
 def interleave(classes: Sequence[int], count: int) -> np.ndarray:
@@ -188,9 +190,8 @@ def _describe(settings: Mapping[str, Any]) -> str:
 
 def _write(out: str, model: dip.DiP, params: Params, settings: Mapping[str, Any], *, names: Sequence[str], **arguments) -> None:
     labels, size = arguments["labels"], arguments["options"].batch_size
-    if out.endswith(".png"):
-        images = [images for _, images in _with_progress(model, params, total=len(labels), done=0, **arguments)]
-        _save_picture(out, figures.class_grid(figures.Labelled(np.concatenate(images), labels), names))
+    if out.endswith(".png"):  # small: one host draws it
+        distributed.on_main(lambda: _save_picture(out, _grid(model, params, names, **arguments)))
         return
     if out.endswith(".npz"):
         output = sample_files.NpzFile(out, labels=labels, image_shape=(*model.config.image_size, 3), batch_size=size)
@@ -201,9 +202,12 @@ def _write(out: str, model: dip.DiP, params: Params, settings: Mapping[str, Any]
     todo = [batch for batch in mine if not output.finished(batch)]
     done = sum(min(size, len(labels) - batch * size) for batch in mine if batch not in set(todo))
     total = done + sum(min(size, len(labels) - batch * size) for batch in todo)
-    for batch, images in _with_progress(model, params, total=total, done=done, only=todo, **arguments):
-        output.write(batch, images)
-    distributed.largest(0)  # all batches are written when all hosts are here
+
+    def draw() -> None:
+        for batch, images in _with_progress(model, params, total=total, done=done, only=todo, **arguments):
+            output.write(batch, images)
+
+    distributed.on_all(draw)
     distributed.on_main(output.close)
     distributed.say(f"wrote {out}")
 
@@ -215,14 +219,23 @@ def _with_progress(model: dip.DiP, params: Params, *, total: int, done: int, **a
             bar.update(len(images))
 
 
+def _grid(model: dip.DiP, params: Params, names: Sequence[str], **arguments) -> Image.Image:
+    labels = arguments["labels"]
+    images = [images for _, images in _with_progress(model, params, total=len(labels), done=0, **arguments)]
+    return figures.class_grid(figures.Labelled(np.concatenate(images), labels), names)
+
+
+def _strip(model: dip.DiP, params: Params, names: Sequence[str], **arguments) -> Image.Image:
+    return figures.trajectory(drawing.draw_frames(model, params, **arguments), names)
+
+
 def _save_picture(out: str, picture: Image.Image) -> None:
-    if distributed.is_main():
-        with guard.absolute(out).open("wb") as file:
-            picture.save(file, format="png")
+    with guard.absolute(out).open("wb") as file:
+        picture.save(file, format="png")
     distributed.say(f"wrote {out}")
 
 
-def _class_names(run: config.Config, model: dip.DiP) -> list[str]:
+def class_names(run: config.Config, model: dip.DiP) -> list[str]:
     """The dataset's names where it is at hand, else numbers."""
     try:
         names = pipeline.open_dataset(run.data.path, image_size=run.model.image_size[0]).classes if run.data.path else []

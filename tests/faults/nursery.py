@@ -1,5 +1,6 @@
-"""The process behind `harness.Nursery`: imports once, then forks a training process per request on stdin."""
+"""The process behind `harness.Nursery`: imports once, then forks a process per request on stdin: training, or any function."""
 
+import importlib
 import json
 import os
 import sys
@@ -46,10 +47,14 @@ def live(request: dict) -> None:
     os.environ.update(request["environment"])
     code = 1
     try:
-        if request["fault"]:
+        if request.get("fault"):
             getattr(injections, request["fault"])()
-        train(from_dict(request["config"]), workdir=request["workdir"], **request["options"])
-        code = 0
+        if "function" in request:
+            module, name = request["function"].split(":")
+            code = getattr(importlib.import_module(module), name)(*request["arguments"])
+        else:
+            train(from_dict(request["config"]), workdir=request["workdir"], **request["options"])
+            code = 0
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         code = int(stop.code)
