@@ -45,8 +45,10 @@ class Model:
     head_depth: int | None = None  # stages (U-Net) or blocks (the others); None is the head's own default
     head_pool: str = "avg"  # U-Net: avg | max
     head_upsample: str = "nearest"  # U-Net: nearest | bilinear
+    head_init: str = "fan_in"  # how the U-Net's convolutions start: fan_in (variance 1 / (3 fan-in)) | he (2 / fan-in)
     head_zero_init: bool = True  # the head's last layer starts at zero
     head_feature: str = "raw"  # what the U-Net reads of the backbone: raw (s) | silu (SiLU(t_emb + s))
+    label_std: float = 0.02  # standard deviation at the start of the label table
     prediction: str = "v"  # what the network says: v | x | eps; loss and sampling convert it to the velocity
     t_clip: float = 0.05  # floor of 1 - t (x) and of t (eps) in that conversion
     dtype: str = "bfloat16"  # compute; parameters, norms, softmax, RoPE, t and loss stay float32
@@ -88,9 +90,10 @@ class Model:
             raise UserError(f"model.inject_after={self.inject_after} must lie in 1..model.depth={self.depth}")
         _one_of("model.head_pool", self.head_pool, ("avg", "max"))
         _one_of("model.head_upsample", self.head_upsample, ("nearest", "bilinear"))
+        _one_of("model.head_init", self.head_init, ("fan_in", "he"))
         _one_of("model.head_feature", self.head_feature, ("raw", "silu"))
         _one_of("model.prediction", self.prediction, ("v", "x", "eps"))
-        _positive("model", self, "t_clip")
+        _positive("model", self, "t_clip", "label_std")
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("model.attention", self.attention, ("auto", "xla", "cudnn"))
         _one_of("model.remat", self.remat, ("none", "dots", "full"))

@@ -239,6 +239,15 @@ def test_initial_values_follow_the_recipe():
     assert np.abs(params["blocks"]["mlp"]["down"]["kernel"][0] - params["blocks"]["mlp"]["down"]["kernel"][1]).max() > 0.01
 
 
+def test_the_start_of_head_and_labels_can_be_chosen():
+    for head_init, variance in (("fan_in", 1 / 3), ("he", 2)):
+        model = small(width=64, num_heads=4, head="unet", head_width=32, num_classes=999, head_init=head_init, label_std=0.4)
+        params = jax.jit(model.init)(jax.random.key(0))
+        fan_in = 9 * 64
+        assert np.var(params["head"]["up_0"]["kernel"]) * fan_in == pytest.approx(variance, rel=0.05)
+        assert np.std(params["condition"]["label"]["table"]) == pytest.approx(0.4, rel=0.02)
+
+
 def test_time_is_read_unscaled_and_rope_spans_sixteen():
     features = condition.time_features(jnp.array([0.0, 1.0]))
     np.testing.assert_allclose(features[0], np.repeat([1.0, 0.0], 128), atol=1e-7)

@@ -43,7 +43,7 @@ class Condition(nn.Module):
     @nn.compact
     def __call__(self, t: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         t_emb = TimeEmbed(self.config.width, name="time")(t)
-        y_emb = LabelEmbed(self.config.num_classes, self.config.width, name="label")(y)
+        y_emb = LabelEmbed(self.config.num_classes, self.config.width, self.config.label_std, name="label")(y)
         return t_emb, nn.silu(t_emb + y_emb)[:, None, :].astype(jnp.dtype(self.config.dtype))
 
 
@@ -89,8 +89,9 @@ class LabelEmbed(nn.Module):
 
     num_classes: int
     width: int
+    std: float = 0.02
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
-        table = self.param("table", named(normal, ("vocab", "embed")), (self.num_classes + 1, self.width))
+        table = self.param("table", named(normal(self.std), ("vocab", "embed")), (self.num_classes + 1, self.width))
         return jnp.take(table.astype(jnp.float32), y, axis=0)

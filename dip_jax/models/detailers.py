@@ -13,7 +13,7 @@ from jax import lax
 from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.models import folding
-from dip_jax.models.layers import Block, Linear, RMSNorm, fan_in_uniform, layer_norm, modulate, named, zeros
+from dip_jax.models.layers import INITS, Block, Linear, RMSNorm, layer_norm, modulate, named
 
 
 class Conv(nn.Module):
@@ -22,15 +22,15 @@ class Conv(nn.Module):
     window: tuple[int, ...]
     fan_in: int
     features: int
-    zero_init: bool = False
+    init: str = "fan_in"
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
         taps = int(np.prod(self.window, dtype=int))
-        init = zeros if self.zero_init else fan_in_uniform(taps * self.fan_in)
+        kernel_init, bias_init = INITS[self.init](taps * self.fan_in, self.features)
         axes = ("kernel",) * len(self.window) + ("head_in", "head_out")
-        kernel = self.param("kernel", named(init, axes), (*self.window, self.fan_in, self.features))
-        return kernel, self.param("bias", named(init, ("head_out",)), (self.features,))
+        kernel = self.param("kernel", named(kernel_init, axes), (*self.window, self.fan_in, self.features))
+        return kernel, self.param("bias", named(bias_init, ("head_out",)), (self.features,))
 
 
 def unet_depth(model: config.Model) -> int:
@@ -60,21 +60,21 @@ class UNet(nn.Module):
 
         x, skips = p.astype(dtype), []
         for i, width in enumerate(widths):
-            kernel, bias = Conv((3, 3), x.shape[-1], width, name=f"down_{i}")()
+            kernel, bias = Conv((3, 3), x.shape[-1], width, init=model.head_init, name=f"down_{i}")()
             skips.append(nn.silu(folding.convolve(x, kernel) + _row(bias, x)))
             x = pool(skips[-1])
 
-        kernel, bias = Conv((), widths[-1] + model.width, widths[-1], name="bottleneck")()
+        kernel, bias = Conv((), widths[-1] + model.width, widths[-1], init=model.head_init, name="bottleneck")()
         of_pixels, of_feature = kernel[: widths[-1]], kernel[widths[-1] :]
         x = nn.silu(_product(x, of_pixels) + _row(_product(s.astype(dtype), of_feature) + bias.astype(dtype), x))
 
         for i in reversed(range(depth)):
-            kernel, bias = Conv((3, 3), 2 * widths[i], widths[max(i - 1, 0)], name=f"up_{i}")()
+            kernel, bias = Conv((3, 3), 2 * widths[i], widths[max(i - 1, 0)], init=model.head_init, name=f"up_{i}")()
             of_below, of_skip = kernel[:, :, : widths[i]], kernel[:, :, widths[i] :]
             below = folding.convolve_upsampled(x, of_below, method=model.head_upsample)
             x = nn.silu(below + folding.convolve(skips[i], of_skip) + _row(bias, x))
 
-        kernel, bias = Conv((), base, 3, zero_init=model.head_zero_init, name="out")()
+        kernel, bias = Conv((), base, 3, init=_last(model), name="out")()
         return _product(x, kernel) + _row(bias, x)
 
 

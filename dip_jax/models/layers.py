@@ -58,9 +58,9 @@ def uniform(bound: float) -> Initializer:
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """N(0, 0.02) in float32."""
-    return 0.02 * jax.random.normal(key, shape, jnp.float32)
+def normal(std: float) -> Initializer:
+    """N(0, std) in float32."""
+    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -81,7 +81,8 @@ def fan_in_uniform(fan_in: int) -> Initializer:
 # How a linear map starts: (fan_in, fan_out) -> (kernel initialiser, bias initialiser).
 INITS: dict[str, Callable[[int, int], tuple[Initializer, Initializer]]] = {
     "fan_in": lambda i, o: (fan_in_uniform(i), fan_in_uniform(i)),
-    "normal": lambda i, o: (normal, fan_in_uniform(i)),
+    "he": lambda i, o: (uniform(math.sqrt(6 / i)), fan_in_uniform(i)),
+    "normal": lambda i, o: (normal(0.02), fan_in_uniform(i)),
     "xavier": lambda i, o: (uniform(math.sqrt(6 / (i + o))), zeros),
     "zeros": lambda i, o: (zeros, zeros),
 }
