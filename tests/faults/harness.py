@@ -72,7 +72,7 @@ class Child:
     def __init__(self, nursery: "Nursery", pid: int, log: pathlib.Path):
         self._nursery, self.pid, self._log = nursery, pid, log
 
-    def wait(self, timeout: float = 300.0) -> int:
+    def wait(self, timeout: float = 900.0) -> int:
         """Its exit code; negative for a signal."""
         return self._nursery.ask({"wait": self.pid, "timeout": timeout})["code"]
 
@@ -89,7 +89,7 @@ class Child:
         """What it has printed so far."""
         return self._log.read_text()
 
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 300.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 900.0) -> None:
         """Waits until something is true, or fails with the child's log."""
         end = time.monotonic() + timeout
         while not condition():
@@ -165,7 +165,7 @@ class Nursery:
             children.append(self.start(mine, workdir, environment=common | {"JAX_PROCESS_ID": str(index)}, **options))
         return children
 
-    def run(self, config: Config, workdir: pathlib.Path, *, timeout: float = 300.0, **options: object) -> tuple[int, str]:
+    def run(self, config: Config, workdir: pathlib.Path, *, timeout: float = 900.0, **options: object) -> tuple[int, str]:
         """Exit code and log of a whole run."""
         child = self.start(config, workdir, **options)
         return child.wait(timeout), child.log

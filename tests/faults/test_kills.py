@@ -8,7 +8,7 @@ import pytest
 from dip_jax.errors import Exit
 from faults import harness
 
-CHANGES = {"train__steps": 100}
+CHANGES = {"train__steps": 60}
 
 
 def parts(campaign: int) -> list:
