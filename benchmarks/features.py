@@ -93,10 +93,12 @@ def run_moments(count: int) -> None:
     sides = []
     for shift in (0.0, 0.05):
         total = statistics.Moments(_D)
-        for _ in range(count // 100):
+        for number in range(1, count // 100 + 1):
             total.add(rng.standard_normal((100, _D), np.float32) * scale + np.float32(shift))
+            if number % max(count // 500, 1) == 0:
+                seen = f"{100 * number} vectors of {_D}, in all {time.perf_counter() - start:.1f} s"
+                print(f"moments: {seen}, {megabytes() - before:.0f} MB", flush=True)
         sides.append(total.finish())
-        print(f"moments: {count} vectors of {_D} in {time.perf_counter() - start:.1f} s so far, {megabytes() - before:.0f} MB")
     start = time.perf_counter()
     distance = statistics.frechet_distance(*sides)
     print(f"FID: {distance:.6f} in {time.perf_counter() - start:.1f} s, {megabytes() - before:.0f} MB")

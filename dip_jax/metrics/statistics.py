@@ -139,6 +139,7 @@ def kth_distances(rows: np.ndarray, *, k: int, origin: np.ndarray | None = None)
     for tile in _tiles(rows, origin):
         nearest = jnp.full((TILE, k + 1), jnp.inf, jnp.float32)  # each vector is its own nearest, at distance 0
         for other in _tiles(rows, origin):
+            nearest.block_until_ready()  # else tiles queue up, and the memory grows with the number of vectors
             nearest = _merge_nearest(nearest, tile.rows, tile.norms, other.rows, other.norms, tile.start == other.start)
         out.append(np.asarray(nearest[: tile.count, k]))
     return np.concatenate(out)
@@ -185,6 +186,7 @@ def _inside(rows: np.ndarray, centres: np.ndarray, radii: np.ndarray, origin: np
         for ball in _tiles(centres, origin):
             radius = np.full(TILE, -1.0, np.float32)
             radius[: ball.count] = radii[ball.start : ball.start + ball.count]
+            hit.block_until_ready()
             hit = _merge_inside(hit, tile.rows, tile.norms, ball.rows, ball.norms, radius)
         out.append(np.asarray(hit[: tile.count]))
     return np.concatenate(out)
