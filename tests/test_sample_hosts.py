@@ -150,7 +150,8 @@ def test_two_hosts_judge_as_one_does(nursery, workdir, settings, tmp_path):
         flags = [f"--reference={settings.data.path}", "--num_samples=40", f"--out={out}", f"--cache={tmp_path / 'cache'}"]
         said = finish(start(nursery, tmp_path, hosts, "command", "evaluate", f"--workdir={workdir}", *flags))
         assert said.count("averaged weights (EMA)  ") == 1  # one host writes the table
-        (found[hosts],) = json.loads(out.read_text())["rows"][-1:]
+        found[hosts] = json.loads(out.read_text())["rows"][-1]
+        assert found[hosts].pop("row") == "averaged weights (EMA)"
     assert found[1].keys() == found[2].keys() and "fid_toy" in found[1]
     for name, value in found[1].items():
         assert found[2][name] == pytest.approx(value, rel=1e-3), name
