@@ -66,6 +66,11 @@ def tiny_config(dataset: pathlib.Path, **changes: object) -> Config:
     return from_dict(values)
 
 
+def flags(devices: int) -> str:
+    """XLA's flags of a child: so many CPU devices, and code that is compiled soon rather than well."""
+    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+
+
 class Child:
     """One training process."""
 
@@ -104,7 +109,7 @@ class Nursery:
         self._scratch, self._count = scratch, 0
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": flags(devices),
             "JAX_COMPILATION_CACHE_DIR": os.environ.get("DIP_TEST_CACHE", "/tmp/dip_jax_test_cache") + "_faults",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
@@ -154,11 +159,7 @@ class Nursery:
         **options: object,
     ) -> list[Child]:
         """Starts a run of `count` processes with `devices` each, process 0 first; `others` is the config of the others."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
-        common |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        common = membership(count) | {"XLA_FLAGS": flags(devices)}
         children = []
         for index in range(count):
             mine = others if others and index else config
@@ -169,6 +170,13 @@ class Nursery:
         """Exit code and log of a whole run."""
         child = self.start(config, workdir, **options)
         return child.wait(timeout), child.log
+
+
+def membership(count: int) -> dict[str, str]:
+    """The environment of a run of `count` processes on a free port, but for the index of each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{probe.getsockname()[1]}", "JAX_NUM_PROCESSES": str(count)}
 
 
 def curve(workdir: pathlib.Path) -> list[dict]:
