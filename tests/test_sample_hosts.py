@@ -47,7 +47,8 @@ def start(nursery, folder: pathlib.Path, count: int, function: str, *arguments, 
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     children = []
     for index in range(count):
-        environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # ready sooner
+        environment = {"XLA_FLAGS": flags}
         if count > 1:
             names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": index}
             environment |= {name: str(value) for name, value in names.items()}
