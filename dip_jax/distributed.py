@@ -83,7 +83,8 @@ def _from_open_mpi(environment: Mapping[str, str]) -> Membership | None:
     if any(name not in environment for name in names) or environment["OMPI_COMM_WORLD_SIZE"] == "1":
         return None
     uri, count, index, place = (environment[name] for name in names)  # "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"
-    host = re.search(r"tcp6?://\[?([^,:\]]+|[^,\]]+)", uri).group(1)
+    four, six = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", uri).groups()
+    host = four or f"[{six}]"
     devices = _own_device(environment, place=int(place), processes=int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")))
     return Membership(f"{host}:{_port(int(uri.split('.')[0]) >> 12)}", int(count), int(index), devices)
 

@@ -95,7 +95,16 @@ def check_split(mesh: Mapping[str, int], *, model: config.Model, batch_size: int
 
 @contextlib.contextmanager
 def use_rules(own: Rules) -> Iterator[None]:
-    """Puts the config's own rules before `RULES` for `spec`, `shardings` and `constrain` inside the block."""
+    """Puts the config's own rules before `RULES` for `spec`, `shardings` and `constrain` inside the block.
+
+    Raises:
+        UserError: for a rule of a logical axis that nothing has.
+    """
+    known = [name for name, _ in RULES]
+    for name, _ in own:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"mesh.rules names logical axis {name!r}, which nothing has: did you mean {nearest!r}?")
     token = _rules.set((*own, *RULES))
     try:
         yield

@@ -3,7 +3,7 @@
 #
 # usage: bash launch/tpu_pod.sh ACTION --name=NAME --zone=ZONE [options] [COMMAND [flags of the command]]
 # such as: bash launch/tpu_pod.sh up --name=dip --zone=us-east5-a --type=v5p-64 --spot \
-#            train --config=configs/dip.py --workdir=gs://BUCKET/dip --config.data.path=gs://BUCKET/imagenet256
+#            train --config=configs/dip.py --workdir=gs://BUCKET/dip --config.data.path=/mnt/imagenet256
 #
 # actions:
 #   up        create, sync, install and run until the command is done; after a preemption all of it again (it goes on where

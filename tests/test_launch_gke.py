@@ -48,6 +48,7 @@ POD = {
         {
             "name": Need(NAME),
             "hostPath": {"path": Need(str), "type": one_of("DirectoryOrCreate", "Directory")},
+            "csi": {"driver": Need(str), "readOnly": bool, "volumeAttributes": LABELS},
             "emptyDir": {"medium": one_of("Memory", ""), "sizeLimit": str},
         }
     ],
