@@ -48,6 +48,7 @@ class Model:
     head_init: str = "fan_in"  # how the U-Net's convolutions start: fan_in (variance 1 / (3 fan-in)) | he (2 / fan-in)
     head_zero_init: bool = True  # the head's last layer starts at zero
     head_feature: str = "raw"  # what the U-Net reads of the backbone: raw (s) | silu (SiLU(t_emb + s))
+    position: str = "rope"  # how tokens know their place: rope | rope+sincos (DiT's fixed table joins the embedded patches)
     label_std: float = 0.02  # standard deviation at the start of the label table
     prediction: str = "v"  # what the network says: v | x | eps; loss and sampling convert it to the velocity
     t_clip: float = 0.05  # floor of 1 - t (x) and of t (eps) in that conversion
@@ -92,6 +93,7 @@ class Model:
         _one_of("model.head_upsample", self.head_upsample, ("nearest", "bilinear"))
         _one_of("model.head_init", self.head_init, ("fan_in", "he"))
         _one_of("model.head_feature", self.head_feature, ("raw", "silu"))
+        _one_of("model.position", self.position, ("rope", "rope+sincos"))
         _one_of("model.prediction", self.prediction, ("v", "x", "eps"))
         _positive("model", self, "t_clip", "label_std")
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))

@@ -259,6 +259,19 @@ def test_time_is_read_unscaled_and_rope_spans_sixteen():
         np.testing.assert_allclose(np.exp(1j * angles), np.exp(1j * np.array([16, 16, 0.16, 0.16])), atol=1e-5)
 
 
+def test_a_position_table_tells_equal_tokens_apart():
+    table = layers.sincos_table((2, 3), 8)  # frequencies 1 and 1/100
+    row, column = 1, 2
+    expected = [f(p * w) for p in (column, row) for f in (np.sin, np.cos) for w in (1, 0.01)]
+    np.testing.assert_allclose(table[row * 3 + column], expected, atol=1e-6)
+    x, t, y = batch()
+    flat = jnp.zeros_like(x)  # relative positions alone cannot tell one empty patch from another
+    for position, varies in (("rope", False), ("rope+sincos", True)):
+        out = np.asarray(jax.jit(small(head="mlp", position=position).apply)(random_params(head="mlp"), flat, t, y))
+        patches = np.asarray(patchify(jnp.asarray(out), small().config.patch_size))
+        assert (np.ptp(patches, axis=1).max() > 1e-3) == varies
+
+
 @settings(deadline=None, max_examples=20)
 @given(h=st.integers(1, 3), w=st.integers(1, 3), p=st.sampled_from([1, 2, 4]))
 def test_unpatchify_undoes_patchify(h, w, p):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dip_jax import config
 from dip_jax.models.condition import Conditioning, Modulations
-from dip_jax.models.layers import Block, Linear
+from dip_jax.models.layers import Block, Linear, sincos_table
 from dip_jax.sharding import constrain
 
 TOKENS = ("batch", "tokens", "act_embed")
@@ -30,11 +30,16 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, patches: jax.Array) -> jax.Array:
+        model, dtype = self.config, jnp.dtype(self.config.dtype)
         rows = patches.reshape(*patches.shape[:2], -1)
-        tokens = Linear(
-            (self.config.width,), ("pixels", "embed"), init="xavier", dtype=jnp.dtype(self.config.dtype), name="linear"
-        )(rows)
+        tokens = Linear((model.width,), ("pixels", "embed"), init="xavier", dtype=dtype, name="linear")(rows)
+        if model.position == "rope+sincos":
+            tokens = tokens + jnp.asarray(sincos_table(_grid(model), model.width), dtype)[None]
         return constrain(tokens, *TOKENS)
+
+
+def _grid(model: config.Model) -> tuple[int, int]:
+    return model.image_size[0] // model.patch_size, model.image_size[1] // model.patch_size
 
 
 class _Step(nn.Module):
@@ -44,8 +49,7 @@ class _Step(nn.Module):
 
     def setup(self):
         model = self.config
-        grid = (model.image_size[0] // model.patch_size, model.image_size[1] // model.patch_size)
-        self.block = Block(model.num_heads, grid, model.attention, lead=TOKENS[:2], dtype=jnp.dtype(model.dtype))
+        self.block = Block(model.num_heads, _grid(model), model.attention, lead=TOKENS[:2], dtype=jnp.dtype(model.dtype))
         nn.share_scope(self, self.block)  # no extra level in the parameter tree
 
     def __call__(self, tokens: jax.Array, c: jax.Array | None, adaln: jax.Array | None) -> tuple[jax.Array, None]:

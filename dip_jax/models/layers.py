@@ -168,6 +168,17 @@ def rope_table(grid: tuple[int, int], head_dim: int) -> tuple[np.ndarray, np.nda
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
+def sincos_table(grid: tuple[int, int], width: int) -> np.ndarray:
+    """DiT's fixed position embedding [N, width] of an (h, w) grid of tokens: sin and cos of x, then of y, a quarter each.
+
+    Positions count tokens from 0; the frequencies are 10000^(-4 i / width).
+    """
+    ys, xs = np.meshgrid(*map(np.arange, grid), indexing="ij")
+    frequencies = 10000.0 ** -(np.arange(0, width, 4) / width)
+    angles = [np.outer(position.ravel(), frequencies) for position in (xs, ys)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=-1).astype(np.float32)
+
+
 def rotate(x: jax.Array, table: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     """Applies `rope_table` to x [..., N, K, head_dim] in float32.
 
