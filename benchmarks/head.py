@@ -9,7 +9,7 @@
     convs    folded, but the 1x1 and 2x2 levels as convolutions instead of dense products
     dense4   folded, dense products up to 4x4
 
-All have the same parameters and inputs and run in turn. `difference` is the largest one from naive, relative to the largest
+All have the same parameters and inputs and run in turn. `difference` is the largest one from the first, relative to the largest
 value: of the output, of the gradients. FLOPs are those of the folded head by formula (`cost`) and, of each, by XLA.
 """
 
@@ -84,6 +84,8 @@ def measure(options: argparse.Namespace) -> list[dict]:
             ("forward", apply, (params, p, s, t)),
             ("both", jax.value_and_grad(loss, (0, 1)), (params, s)),
         ):
+            if kind not in options.kinds:
+                continue
             case = measuring.build(function, *operands)
             built[name, kind] = (case, operands)
             outputs[name, kind] = case.call(*operands)
@@ -112,9 +114,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     for name, default in (("width", 64), ("batch", 1), ("image_size", 256), ("patch_size", 16), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument(
-        "--only", type=lambda text: text.split(","), default=list(NAMES), help="formulations; the first is the reference"
-    )
+    for name, default in (("only", NAMES), ("kinds", ("forward", "both"))):
+        parser.add_argument(f"--{name}", type=lambda text: text.split(","), default=list(default), help="some of %(default)s")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     rows = measure(options)

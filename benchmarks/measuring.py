@@ -178,7 +178,7 @@ def save(what: str, config: Mapping[str, Any], rows: Any, *, out: pathlib.Path |
     kind = "cpu" if on_cpu() else device.device_kind.replace(" ", "_").lower()
     run = {
         "what": what,
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": _command(),
         "revision": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain", "--", "dip_jax") else ""),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "hardware": {"device": device.device_kind, "devices": jax.device_count(), "cpu": _cpu_name(), "cores": os.cpu_count()},
@@ -193,6 +193,12 @@ def save(what: str, config: Mapping[str, Any], rows: Any, *, out: pathlib.Path |
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run, indent=1) + "\n")
     print(f"written: {path}", file=sys.stderr)
+
+
+def _command() -> str:
+    """The command line, without what only this machine knows."""
+    kept = [part if part.partition("=")[0] != "--pixnerd" else "--pixnerd=PIXNERD_CHECKOUT" for part in sys.argv[1:]]
+    return shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *(part for part in kept if not part.startswith("--out="))])
 
 
 def _git(*arguments: str) -> str:
