@@ -1,0 +1,88 @@
+"""Who is who, from the environments that launchers set; what hosts tell each other when they differ."""
+
+import pytest
+
+from dip_jax import distributed
+from dip_jax.distributed import Membership, find_membership
+from dip_jax.errors import UserError
+
+OWN = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+SLURM = {
+    "SLURM_JOB_ID": "5000",
+    "SLURM_STEP_NODELIST": "gpu[007-009,12],login1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x4)",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": f"{7 * 4096}.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+
+
+def test_alone_where_nothing_is_set():
+    assert find_membership({}) is None
+    assert find_membership({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) is None  # srun of one task
+    assert find_membership({"SLURM_JOB_ID": "5000", "SLURM_NTASKS": "8"}) is None  # the batch shell itself
+    assert find_membership({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1"}) is None
+
+
+def test_what_is_set_by_hand():
+    assert find_membership(OWN) == Membership("10.0.0.1:1234", 4, 3)
+    assert find_membership({**SLURM, **OWN}) == Membership("10.0.0.1:1234", 4, 3, (1,))
+
+
+def test_slurm():
+    assert find_membership(SLURM) == Membership(f"gpu007:{61440 + 5000 % 4096}", 8, 5, (1,))
+    for nodes, host in (("n1", "n1"), ("n1,n2", "n1"), ("a-b3[4,7-9]", "a-b34")):
+        assert find_membership({**SLURM, "SLURM_STEP_NODELIST": nodes}).address.startswith(f"{host}:")
+
+
+def test_slurm_tells_the_count_where_only_the_address_is_set():
+    found = find_membership({**SLURM, "JAX_COORDINATOR_ADDRESS": "127.0.0.1:9"})
+    assert (found.address, found.count, found.index) == ("127.0.0.1:9", 8, 5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "devices"),
+    [
+        ({}, (1,)),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, (1,)),
+        ({"CUDA_VISIBLE_DEVICES": "3"}, None),  # the scheduler binds each task to its own
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, None),  # one task per node takes all GPUs
+    ],
+)
+def test_tasks_of_a_node_share_its_gpus(changed, devices):
+    assert find_membership({**SLURM, **changed}).devices == devices
+
+
+def test_open_mpi():
+    assert find_membership(OPEN_MPI) == Membership("10.96.0.1:61447", 2, 1, (1,))
+    six = {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "4096.0;tcp6://[fe80::b9b:ac5d,2620:10d::2]:43370"}
+    assert find_membership(six).address == "[fe80::b9b:ac5d]:61441"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"JAX_NUM_PROCESSES": ""}, "JAX_NUM_PROCESSES is not"),
+        ({"JAX_PROCESS_ID": "4"}, "from 0 to JAX_NUM_PROCESSES=4 - 1"),
+        ({"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID=one"),
+        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "must be HOST:PORT"),
+    ],
+)
+def test_what_makes_no_sense(changed, words):
+    with pytest.raises(UserError, match=words):
+        find_membership({**OWN, **changed})
+
+
+def test_facts_are_compared_one_by_one():
+    assert distributed._flatten({"a": {"b": 1, "c": [1, 2]}, "d": None}) == {"a.b": "1", "a.c": "[1, 2]", "d": "null"}
+
+
+def test_the_code_has_one_version():
+    assert distributed.code_version() == distributed.code_version() and len(distributed.code_version()) == 16
