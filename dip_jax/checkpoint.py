@@ -31,7 +31,7 @@ from etils import epath
 
 from dip_jax import distributed, guard, misfit, steps
 from dip_jax.config import Checkpoint, Config, from_dict, to_dict
-from dip_jax.errors import UserError
+from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
 from dip_jax.typing import Params
 
@@ -122,6 +122,7 @@ class Checkpoints:
 
         Raises:
             UserError: if the disk is too full or the save before this one failed, naming the last good step.
+            Interrupted: with `Exit.CRASH`, if it failed because another process or a device is gone.
         """
         self.wait()
         if (self.root / str(step)).exists():
@@ -163,12 +164,13 @@ class Checkpoints:
         except Exception as error:  # a full disk comes wrapped in many types
             raise self._failure(error) from error
 
-    def _failure(self, error: BaseException) -> UserError:
+    def _failure(self, error: BaseException) -> UserError | Interrupted:
         good = steps.complete(self.root)
         last = f"the last good one is step {good[-1]}" if good else "there is no earlier one"
-        return UserError(
-            f"saving {self._current} failed ({_reason(error)}); {last}; mend this, then run the same command again"
-        )
+        failure = f"saving {self._current} failed ({_reason(error)}); {last}"
+        if isinstance(_cause(error), jax.errors.JaxRuntimeError):  # another process or a device is gone: nothing to mend here
+            return Interrupted(f"{failure}; run the same command again", code=Exit.CRASH)
+        return UserError(f"{failure}; mend this, then run the same command again")
 
     def close(self) -> None:
         """Waits for the save under way and frees the threads; raises as `check`."""
@@ -281,10 +283,15 @@ def _read(item: epath.Path, target: Any, *, partial: bool = False) -> Any:
         raise UserError(f"{item} cannot be read ({_reason(error)}): use another step of the same workdir") from error
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost cause in one line."""
+def _cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line."""
+    error = _cause(error)
     return f"{type(error).__name__}: {error}".split("\n")[0][:300]
 
 

@@ -17,7 +17,7 @@ from faults import harness
 from hypothesis import strategies as st
 
 from dip_jax import checkpoint, config, guard, optim, sharding, state, steps
-from dip_jax.errors import UserError
+from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
 
 CONFIG = harness.tiny_config(pathlib.Path("nowhere"))
@@ -237,6 +237,20 @@ def test_failed_save_stops_at_the_next_check_with_the_last_good_step(tmp_path, t
     checkpoints.save(2, trained, RECORD)
     checkpoints.close()
     assert steps.complete(epath.Path(tmp_path / "checkpoints")) == [1, 2]
+
+
+def test_a_save_that_another_process_spoils_is_no_mistake_of_the_user(tmp_path, trained, monkeypatch):
+    """Its launcher must start it again, which exit code 2 would forbid."""
+    checkpoints = saved(tmp_path, trained, 1)
+
+    def gone(path, text):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: recvmsg:Connection reset by peer")
+
+    monkeypatch.setattr(guard, "write_text", gone)
+    checkpoints.save(2, trained, RECORD)
+    with pytest.raises(Interrupted, match=r"UNAVAILABLE.*the last good one is step 1; run the same command again") as caught:
+        checkpoints.close()
+    assert caught.value.code == Exit.CRASH
 
 
 def test_load_needs_nothing_but_a_path(pristine, trained, copy):
