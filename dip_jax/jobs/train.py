@@ -58,7 +58,7 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
 
     Raises:
         UserError: if config, data, devices, workdir and checkpoint do not fit together, or a save fails.
-        Interrupted: after saving, by a signal (85, 130); because the numbers went bad for good (86), or another process died (1).
+        Interrupted: after saving, by a signal (85, 130); because the numbers are bad for good (86) or another process died (1).
     """
     workdir = guard.absolute(workdir)
     distributed.start()
