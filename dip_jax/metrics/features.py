@@ -141,7 +141,8 @@ def _activations(network: Network, batches: Iterator[np.ndarray], size: int) -> 
         started = None
         if batch is not None:
             padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), np.uint8)])
-            started = len(batch), network.apply(jax.device_put(padded, spread))
+            with jax.set_mesh(mesh):  # a run around it may have set one that spans other hosts
+                started = len(batch), network.apply(jax.device_put(padded, spread))
         if running is not None:
             yield {name: np.asarray(value)[: running[0]] for name, value in running[1].items()}
         running = started

@@ -72,9 +72,15 @@ class Judge:
     def __call__(self, samples: ImageSet) -> dict[str, float | int]:
         """Every metric of the samples, by name; the names carry the network's suffix, and N their number.
 
+        Takes this process's devices alone, also inside a run whose mesh spans several hosts.
+
         Raises:
             UserError: too few samples, or of another size than the reference's images.
         """
+        with jax.set_mesh(jax.sharding.Mesh(np.array(jax.local_devices()[:1]), ("data",))):
+            return self._judge(samples)
+
+    def _judge(self, samples: ImageSet) -> dict[str, float | int]:
         self._check(samples)
         if self._images is not None and samples.image_shape != self._images.image_shape:
             raise UserError(
