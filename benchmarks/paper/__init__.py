@@ -1,0 +1,1 @@
+"""The paper's own experiments at small scale: `python -m benchmarks.paper FIGURE`."""
