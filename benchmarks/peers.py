@@ -4,7 +4,7 @@
 
 Needs PyTorch and a checkout of https://github.com/MCG-NJU/PixNerd. Both have `depth` DiT blocks of `width`; DiP's head is the
 U-Net at base width 64, PixNerd's its published decoder (4 NeRF blocks of width 64, ratio 2). Weights are random: speed does not
-depend on them. fwd+bwd is the gradient of a mean square by all parameters, nothing rematerialised.
+depend on them. `both` is the gradient of a mean square by all parameters.
 """
 
 import argparse
@@ -24,7 +24,7 @@ NERF_BLOCKS = 4
 
 
 def ours(options: argparse.Namespace) -> dict:
-    fields = {"depth": options.depth, "width": options.width, "num_heads": HEADS, "remat": "none", "head_remat": False}
+    fields = {"depth": options.depth, "width": options.width, "num_heads": HEADS, "remat": options.remat, "head_remat": False}
     model = measuring.make_model("S", options.image_size, {}, **fields, head_zero_init=False)
     params = jax.jit(model.init)(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (options.batch, options.image_size, options.image_size, 3))
@@ -33,9 +33,9 @@ def ours(options: argparse.Namespace) -> dict:
     def loss(params, x, t, y):
         return jnp.mean(jnp.square(model.apply(params, x, t, y) - x))
 
-    forward = jax.jit(model.apply).lower(params, x, t, y).compile()
-    both = jax.jit(jax.value_and_grad(loss)).lower(params, x, t, y).compile()
-    return {("dip", "forward"): lambda: forward(params, x, t, y), ("dip", "both"): lambda: both(params, x, t, y)}
+    functions = {"forward": model.apply, "both": jax.value_and_grad(loss)}
+    compiled = {kind: jax.jit(functions[kind]).lower(params, x, t, y).compile() for kind in options.kinds}
+    return {("dip", kind): lambda call=call: call(params, x, t, y) for kind, call in compiled.items()}
 
 
 def theirs(options: argparse.Namespace) -> dict:
@@ -71,8 +71,9 @@ def theirs(options: argparse.Namespace) -> dict:
         return forward, both
 
     forward, both = calls(network)
-    table = {("pixnerd", "forward"): forward, ("pixnerd", "both"): both}
-    if options.compile:
+    eager = {"forward": forward, "both": both}
+    table = {("pixnerd", kind): eager[kind] for kind in options.kinds}
+    if options.compile and "forward" in options.kinds:
         table["pixnerd compiled", "forward"] = calls(torch.compile(network))[0]
     return table
 
@@ -83,6 +84,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="PixNerd's forward under torch.compile too")
     for name, default in (("width", 384), ("depth", 12), ("image_size", 256), ("batch", 4), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--remat", default="dots", help="DiP's `model.remat`")
+    parser.add_argument("--kinds", type=lambda text: text.split(","), default=["forward", "both"])
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     times = measuring.interleave(ours(options) | theirs(options), rounds=options.rounds)
