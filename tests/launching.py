@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -73,11 +74,17 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     }
 
 
-def launch(*argv: object, timeout: float = 400, **env: str) -> subprocess.CompletedProcess:
-    """Runs a launcher to its end."""
-    return subprocess.run(
-        ["bash", *map(str, argv)], cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout
-    )
+def launch(*argv: object, timeout: float = 900.0, **env: str) -> subprocess.CompletedProcess:
+    """Runs a launcher to its end; past `timeout` seconds it and all that it started are killed."""
+    command = ["bash", *map(str, argv)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment(**env), **pipes) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 def free_address() -> str:
