@@ -22,6 +22,8 @@ FLOORS = {
     "bad_numbers": 1,
     "foreign": 0.5,  # steps reads it
     "misfit": 1,
+    "hlo": 1,
+    "hardware": 1.5,  # reads hlo
     "config_change": 1,
     "torch_file": 1,
     "models.patches": 2,
