@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dip_jax import guard, step, steps, training
 from dip_jax.data import pipeline
+from dip_jax.errors import UserError
 
 
 def _harm_batches(harm) -> None:
@@ -82,6 +83,18 @@ def hang() -> None:
         return batch
 
     _harm_batches(harm)
+
+
+def no_data_on_host_1() -> None:
+    """The dataset is not there on the second host."""
+    original = pipeline.open_dataset
+
+    def open_dataset(*args, **kwargs):
+        if jax.process_index() == 1:
+            raise UserError("no such dataset here")
+        return original(*args, **kwargs)
+
+    pipeline.open_dataset = open_dataset
 
 
 def slow_steps() -> None:
