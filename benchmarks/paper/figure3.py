@@ -83,7 +83,6 @@ def _show_curves(axes, curves: dict, prediction: str) -> None:
             axis.plot([r[x] for r in rows], [r[key] for r in rows], color=color, marker=marker, linestyle=dash, label=name)
         unit = "dB" if key == "psnr" else "share of the photograph's"
         plots.tidy(axis, title=f"{title}\n{PREDICTIONS[prediction]}", x=label, y=unit)
-        axis.set_yscale("linear" if key == "psnr" else "log")
         axis.legend(frameon=False)
 
 
