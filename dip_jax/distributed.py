@@ -102,16 +102,26 @@ def _own_device(environment: Mapping[str, str], *, place: int, processes: int) -
 
 
 def start() -> None:
-    """Joins the other processes of the run, if there are any. Must run before anything touches a device.
+    """Joins the other processes of the run, if there are any, and looks at the devices. Must run before anything touches one.
 
     A run that does not come together within a minute ends with one line that names the address and `Exit.CRASH`: JAX alone
     would wait for five minutes and abort.
 
     Raises:
-        UserError: if the environment is incomplete, or the processes cannot join.
+        UserError: if the environment is incomplete, the processes cannot join, or the accelerator that JAX_PLATFORMS names
+            first is not there: JAX itself goes on to the next name, which would train on the CPU without a word.
     """
-    if jax.distributed.is_initialized():
-        return
+    if not jax.distributed.is_initialized():
+        _join()
+    asked, found = os.environ.get("JAX_PLATFORMS", "").split(",")[0], jax.default_backend()
+    if asked and {"cuda": "gpu", "rocm": "gpu"}.get(asked, asked) != found:
+        raise UserError(
+            f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} asks for an accelerator that is not there: install the extra for it "
+            "(cuda or tpu) and check its driver, or set JAX_PLATFORMS=cpu"
+        )
+
+
+def _join() -> None:
     member = find_membership(os.environ)
     if member is None and not _on_tpu_machine():
         return

@@ -9,7 +9,7 @@ export PYTHON=${PYTHON:-$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)/.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/dip_jax/xla}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-1}
 
-# Fail with a clear message rather than fall back to the CPU in silence: JAX does so only where no platform is named.
+# Name what was found: dip_jax ends with one line where the first of these is not there, and never falls back to the CPU.
 dip_platform=${1:-auto}
 if [ "$dip_platform" = auto ]; then
   if [ -n "${JAX_PLATFORMS:-}" ]; then dip_platform=chosen
