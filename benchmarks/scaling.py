@@ -14,7 +14,7 @@ import os
 import pathlib
 import sys
 
-if "--gpu" not in sys.argv:
+if __name__ == "__main__" and "--gpu" not in sys.argv:
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 import jax

@@ -61,5 +61,5 @@ def test_memory_is_flat_over_a_thousand_steps(monkeypatch, dataset, tmp_path):
 
     seen = run_watched(monkeypatch, dataset, tmp_path / "run", steps=1000, look=look)
     (arrays, resident), (arrays_after, resident_after) = seen[299], seen[999]
-    assert arrays_after == arrays
+    assert arrays_after <= arrays
     assert resident_after - resident < 16 * 2**20

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from dip_jax import config, sharding
 from dip_jax.errors import UserError
 from dip_jax.metrics import statistics
 from dip_jax.metrics.features import KEPT, Network, Summary, summarise
@@ -77,7 +78,7 @@ class Judge:
         Raises:
             UserError: too few samples, or of another size than the reference's images.
         """
-        with jax.set_mesh(jax.sharding.Mesh(np.array(jax.local_devices()[:1]), ("data",))):
+        with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.local_devices()[:1])):
             return self._judge(samples)
 
     def _judge(self, samples: ImageSet) -> dict[str, float | int]:

@@ -192,6 +192,7 @@ def test_a_slip_of_the_hand_is_one_line(refused, name):
     print(refused(COMMANDS[name]))
 
 
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")  # Orbax's threads, see below
 @pytest.mark.parametrize("name", STEP_FAULTS)
 def test_a_strange_checkpoint_is_one_line(refused, tmp, tmp_path, name):
     """With a manifest that fits, as a stranger would make it: the fault must be caught by what reads the item."""
