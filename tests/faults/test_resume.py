@@ -63,7 +63,7 @@ def test_one_bad_number_is_skipped_and_counted(nursery, config, reference, tmp_p
     code, log = nursery.run(config, tmp_path / "run", fault="nan_once")
     assert code == Exit.DONE, log
     rows, expected = harness.curve(tmp_path / "run"), harness.curve(reference)
-    for row, other in zip(rows[:4], expected[:4], strict=True):  # the fault is part of the program, whose sums differ in the last bit
+    for row, other in zip(rows[:4], expected[:4], strict=True):  # the fault is in the program: its sums differ in the last bit
         assert row == pytest.approx(other, rel=1e-6)
     assert rows[4]["loss"] is None and [row["skipped"] for row in rows] == [0] * 4 + [1] * (STEPS - 4)
     assert rows[5]["loss"] != expected[5]["loss"]
