@@ -74,7 +74,7 @@ def test_running_a_finished_run_again_says_so_and_does_nothing(finished, dataset
             r"another config \(optim.learning_rate: 0.001 -> 0.5\).*--allow_change=optim.learning_rate",
         ),
         ({"model__depth": 2, "train__seed": 3}, r"model.depth: 1 -> 2; .*train.seed: 0 -> 3"),
-        ({"data__batch_size": 12}, r"data.batch_size: 8 -> 12"),
+        ({"data__batch_size": 16}, r"data.batch_size: 8 -> 16"),
         ({"data__path": "/nowhere/at/all"}, r"no dataset at /nowhere/at/all: prepare one with `python -m dip_jax prepare"),
         ({"mesh__data": 3}, r"needs 3 devices but there are 8"),
         ({"train__steps": 7, "optim__schedule": "cosine"}, r"optim.schedule: constant -> cosine; train.steps: 6 -> 7"),
