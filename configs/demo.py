@@ -2,7 +2,7 @@
 
 Command:   bash launch/demo.sh
 Hardware:  2 CPU cores, 6 GiB of memory
-Expected:  13 minutes; every class plain to see, numbers in README.md
+Expected:  a quarter of an hour; every class plain to see, numbers in README.md
 """
 
 from ml_collections import ConfigDict
