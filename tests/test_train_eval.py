@@ -1,5 +1,6 @@
 """Metrics while training: of the average and of the last weights, from a judge that is opened before the first step."""
 
+import gc
 import jax
 import pytest
 import toy_network
@@ -34,6 +35,7 @@ def test_both_weights_are_judged_at_every_mark_and_nothing_stays_on_the_devices(
     judge = training.Run._evaluate
 
     def measured(self):
+        gc.collect()
         before = sum(array.nbytes for array in jax.live_arrays())
         judge(self)
         held.append((before, sum(array.nbytes for array in jax.live_arrays())))
@@ -46,7 +48,8 @@ def test_both_weights_are_judged_at_every_mark_and_nothing_stays_on_the_devices(
         assert row["N"] == 8 and row["fid_toy"] != row["raw_fid_toy"] and {"is_toy", "raw_recall_toy"} <= row.keys()
     assert len({row["fid_toy"] for row in rows}) == 3  # the average moves
     assert opened == ["lite0"]
-    assert all(after <= before for before, after in held) and len({after for _, after in held}) == 1
+    # What other tests of this process left may be freed on the way, so the sums can shrink.
+    assert all(after <= before for before, after in held) and held[-1][1] <= held[0][1]
 
 
 @pytest.mark.parametrize(
