@@ -1,6 +1,7 @@
 """Metrics while training: of the average and of the last weights, from a judge that is opened before the first step."""
 
 import gc
+
 import jax
 import pytest
 import toy_network
