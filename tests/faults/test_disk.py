@@ -17,6 +17,7 @@ pytestmark = [
 
 CHANGES = {"train__steps": 30, "checkpoint__keep_last": 100, "model__width": 64, "model__num_heads": 4}
 
+
 def one_line(log: str) -> str:
     assert "Traceback" not in log, log
     return log.strip().splitlines()[-1]
