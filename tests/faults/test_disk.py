@@ -24,8 +24,11 @@ def one_line(log: str) -> str:
 
 
 def line_among_noise(log: str) -> str:
-    """When one of several writes fails, TensorStore's threads report the others to an event loop that Orbax has closed: tracebacks
-    from C++, past every handler of ours, before and after our line, which says all that matters."""
+    """Our line, wherever it stands.
+
+    When one of several writes fails, TensorStore's threads report the others to an event loop that Orbax has closed: tracebacks
+    from C++, past every handler of ours, before and after that line.
+    """
     return next((line for line in log.splitlines() if "GiB free but needs" in line or "the last good one is step" in line), "")
 
 
