@@ -6,8 +6,6 @@ import io
 import json
 import os
 import pathlib
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -200,63 +198,6 @@ def command(root, out, *flags) -> list[str]:
         "--image_size=48",
         *flags,
     ]
-
-
-def test_a_second_prepare_refuses(tmp_path):
-    root = make_folder(tmp_path / "images", per_class=100, size=(300, 200))
-    first = subprocess.Popen(command(root, tmp_path / "out"), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    lock = tmp_path / "out.partial" / "lock"
-    while not lock.exists():
-        time.sleep(0.02)
-    time.sleep(0.1)
-    with pytest.raises(UserError, match="being written by another prepare"):
-        prepare("folder", root=str(root), image_size=48, out=tmp_path / "out")
-    first.send_signal(signal.SIGINT)
-    assert first.wait(20) == Exit.INTERRUPTED
-    assert not (tmp_path / "out").exists()
-
-
-def kill_and_go_on(tmp_path, *, kills: int, per_class: int, seed: int) -> None:
-    """Kills `prepare` at random moments; the result must be the uninterrupted one, to the byte."""
-    root = make_folder(tmp_path / "images", per_class=per_class, size=(120, 90))
-    (root / "bees" / "bad.png").write_bytes(b"no image")
-    few = [sys.executable, "-c", FEW_PER_SHARD, *command(root, tmp_path / "x")[3:]]
-    started = time.monotonic()
-    subprocess.run([*few[:-1], few[-1], f"--out={tmp_path / 'whole'}"], cwd=ROOT, check=True, capture_output=True)
-    length = time.monotonic() - started
-    rng, killed = random.Random(seed), 0
-    while not (tmp_path / "out").exists():
-        job = subprocess.Popen([*few, f"--out={tmp_path / 'out'}"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        if killed < kills:
-            try:
-                job.wait(rng.uniform(0.3, 1.0) * length)
-            except subprocess.TimeoutExpired:
-                job.kill()
-                killed += 1
-        _, error = job.communicate()
-        assert job.returncode in (0, -signal.SIGKILL), error.decode()
-    assert killed
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-    assert not (tmp_path / "out.partial").exists()
-
-
-FEW_PER_SHARD = """
-import sys
-from dip_jax.__main__ import main
-from dip_jax.data import writing
-if __name__ == "__main__":
-    writing.RECORDS_PER_SHARD = 20
-    sys.exit(main(sys.argv[1:] + ["--max_rejected=0.1"]))
-"""
-
-
-def test_a_kill_costs_nothing_but_time(tmp_path):
-    kill_and_go_on(tmp_path, kills=2, per_class=100, seed=0)
-
-
-@pytest.mark.campaign
-def test_ten_kills_cost_nothing_but_time(tmp_path):
-    kill_and_go_on(tmp_path, kills=10, per_class=700, seed=1)
 
 
 def test_finished_shards_are_not_written_again(tmp_path, small_shards, monkeypatch):

@@ -1,0 +1,101 @@
+"""`prepare`, killed and started again, and started twice."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_prepare import ROOT, command, content, make_folder
+
+from dip_jax.errors import Exit, UserError
+from dip_jax.jobs.prepare import prepare
+
+# `prepare` with small shards, whose writers count the images they begin and wait to be killed where the count ends.
+COUNTED_JOB = """
+import os, sys, time
+from dip_jax.__main__ import main
+from dip_jax.data import images, writing
+
+decode, journal, last = images.decode, os.environ["JOURNAL"], int(os.environ["LAST"])
+
+def counted(data):
+    with open(journal, "ab") as file:
+        file.write(b".")
+    while os.path.getsize(journal) > last:
+        time.sleep(0.01)
+    return decode(data)
+
+images.decode = counted
+writing.RECORDS_PER_SHARD = 20
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] + ["--max_rejected=0.1"]))
+"""
+
+
+def start_counted(tmp_path, out: str, *, journal: pathlib.Path, last: int) -> subprocess.Popen:
+    script = tmp_path / "job.py"
+    script.write_text(COUNTED_JOB)
+    journal.write_bytes(b"")
+    return subprocess.Popen(
+        [sys.executable, script, *command(tmp_path / "images", tmp_path / out, "--processes=2")[3:]],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JOURNAL": str(journal), "LAST": str(last)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def kill_and_go_on(tmp_path, *, kills: int, per_class: int, seed: int) -> None:
+    """Kills `prepare` after random numbers of images; the result must be the uninterrupted one, to the byte."""
+    root = make_folder(tmp_path / "images", per_class=per_class, size=(120, 90))
+    (root / "bees" / "bad.png").write_bytes(b"no image")
+    journal, images_in_all = tmp_path / "journal", 3 * per_class + 1
+    whole = start_counted(tmp_path, "whole", journal=journal, last=images_in_all)
+    _, error = whole.communicate()
+    assert whole.returncode == 0 and journal.stat().st_size == images_in_all, error.decode()
+    rng = random.Random(seed)
+    for kills_left in range(kills, 0, -1):
+        finished = len(list((tmp_path / "out.partial").glob("reports/*/*.json")))
+        share = (images_in_all - 20 * finished) // (kills_left + 1)
+        moment = rng.randint(1, share)
+        job = start_counted(tmp_path, "out", journal=journal, last=share + share // 2)  # and no further, however fast it is
+        while journal.stat().st_size < moment:
+            assert job.poll() is None, f"ended after {journal.stat().st_size} of {moment} images: {job.stderr.read().decode()}"
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        job.kill()
+        job.communicate()
+        assert job.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    job = start_counted(tmp_path, "out", journal=journal, last=images_in_all)
+    _, error = job.communicate()
+    assert job.returncode == 0, error.decode()
+    assert journal.stat().st_size < images_in_all, "no finished shard outlived the kills"
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_kill_costs_nothing_but_time(tmp_path):
+    kill_and_go_on(tmp_path, kills=2, per_class=100, seed=0)
+
+
+@pytest.mark.campaign
+def test_ten_kills_cost_nothing_but_time(tmp_path):
+    kill_and_go_on(tmp_path, kills=10, per_class=700, seed=1)
+
+
+def test_a_second_prepare_refuses(tmp_path):
+    root = make_folder(tmp_path / "images", per_class=100, size=(300, 200))
+    first = subprocess.Popen(command(root, tmp_path / "out"), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    lock = tmp_path / "out.partial" / "lock"
+    while not lock.exists():
+        time.sleep(0.02)
+    time.sleep(0.1)
+    with pytest.raises(UserError, match="being written by another prepare"):
+        prepare("folder", root=str(root), image_size=48, out=tmp_path / "out")
+    first.send_signal(signal.SIGINT)
+    assert first.wait(20) == Exit.INTERRUPTED
+    assert not (tmp_path / "out").exists()
