@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dip_jax import config
@@ -57,10 +59,10 @@ _rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=
 
 
 def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The device mesh data x fsdp x tensor.
+    """The device mesh data x fsdp x tensor, as `arrange` places it.
 
     Raises:
-        UserError: if the axes do not multiply to the number of devices.
+        UserError: if the axes do not multiply to the number of devices, or as `arrange`.
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes.data, sizes.fsdp, sizes.tensor]
@@ -72,7 +74,31 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
             f"mesh data,fsdp,tensor={(sizes.data, sizes.fsdp, sizes.tensor)} needs {math.prod(shape)} devices "
             f"but there are {len(devices)}: set one axis to -1 or change the sizes"
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.sharding.Mesh(arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array of `shape` (data, fsdp, tensor): neighbours on the wires are neighbours on the inner axes.
+
+    Several TPU slices or nodes of GPUs split data; what is inside one stays inside. `jax.make_mesh` would refuse several of
+    them, and a dimension of a TPU's torus that has to be cut.
+
+    Raises:
+        UserError: if TPU slices do not divide the data axis.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # A node of GPUs is a slice to JAX. They are numbered node by node: an axis may go on in the next one.
+    if slices == 1 or devices[0].platform == "gpu":
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, *inner = shape
+    if data % slices:
+        raise UserError(
+            f"mesh.data={data} is not divisible by the {slices} slices of the machine, and no other axis goes over their slow "
+            f"network: make it a multiple of {slices}"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *inner), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def check_split(mesh: Mapping[str, int], *, model: config.Model, batch_size: int, accumulate: int) -> None:

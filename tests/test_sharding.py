@@ -1,7 +1,11 @@
 """Rules: a name without one is an error, a mesh axis is used once, a constraint is really in the compiled program."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -15,6 +19,52 @@ def test_mesh_takes_the_rest_and_refuses_what_does_not_fit():
         sharding.make_mesh(config.Mesh(data=4, fsdp=4))
     with pytest.raises(UserError, match="8"):
         sharding.make_mesh(config.Mesh(fsdp=3))
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What the arrangement of a mesh reads from a device."""
+
+    id: int
+    platform: str
+    device_kind: str
+    coords: tuple[int, int, int]
+    slice_index: int
+    process_index: int = 0
+    core_on_chip: int = 0
+
+
+def fake_devices(platform: str, *, slices: int, torus: tuple[int, int, int]) -> list[FakeDevice]:
+    """So many slices (GPU: nodes) of a torus of chips each; the last slice comes first, as JAX promises no order."""
+    kind = {"tpu": "TPU v5", "gpu": "NVIDIA H100 80GB HBM3"}[platform]
+    places = [(place, k) for k in range(slices) for place in itertools.product(*map(range, torus))]
+    return [FakeDevice(i, platform, kind, place[::-1], k) for i, (place, k) in reversed(list(enumerate(places)))]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize("sizes", [(32, 1, 1), (4, 4, 2), (2, 8, 2), (2, 1, 16)], ids=str)
+def test_only_data_is_split_over_slices(platform, sizes):
+    """Two slices of 16: the first half of data is one, the second the other."""
+    placed = sharding.arrange(sizes, fake_devices(platform, slices=2, torus=(2, 2, 4)))
+    assert placed.shape == sizes and len({device.id for device in placed.flat}) == 32
+    first, second = np.split(placed, 2)
+    assert {device.slice_index for device in first.flat} == {0} and {device.slice_index for device in second.flat} == {1}
+
+
+def test_other_axes_stay_inside_a_tpu_slice_but_may_leave_a_node_of_gpus():
+    with pytest.raises(UserError, match=r"mesh.data=3 is not divisible by the 2 slices"):
+        sharding.arrange((3, 2, 2), fake_devices("tpu", slices=2, torus=(1, 2, 3)))
+    with pytest.raises(UserError, match=r"mesh.data=1 is not divisible by the 2 slices"):
+        sharding.arrange((1, 16, 1), fake_devices("tpu", slices=2, torus=(2, 2, 2)))
+    placed = sharding.arrange((1, 16, 1), fake_devices("gpu", slices=2, torus=(2, 2, 2)))
+    assert [device.slice_index for device in placed.flat] == [0] * 8 + [1] * 8
+
+
+@pytest.mark.parametrize("sizes", [(64, 2, 1), (16, 4, 2), (8, 8, 2), (2, 32, 2)], ids=str)
+def test_a_torus_is_cut_where_the_mesh_asks_for_it(sizes):
+    """4 x 4 x 8 chips have no dimension of two."""
+    placed = sharding.arrange(sizes, fake_devices("tpu", slices=1, torus=(4, 4, 8)))
+    assert placed.shape == sizes and len({device.coords for device in placed.flat}) == 128
 
 
 def test_spec():
