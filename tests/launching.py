@@ -13,8 +13,10 @@ from small_data import write_dataset
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 12
 
-# What launchers start as PYTHON: dip_jax with steps of a tenth of a second, so that what a test does meets a run in full swing.
+# What launchers start as PYTHON: dip_jax with slow steps, so that what a test does meets a run in full swing. SLURM's second
+# start of a job is not slowed down.
 SLOW_PYTHON = """#!{python}
+import os
 import sys
 
 sys.path[:0] = {path!r}
@@ -22,7 +24,8 @@ from dip_jax.__main__ import main
 from faults import injections
 
 if __name__ == "__main__":
-    injections.slow_steps()
+    if "SLURM_RESTART_COUNT" not in os.environ:
+        injections.slow_steps({seconds})
     sys.exit(main(sys.argv[3:]))
 """
 
@@ -51,10 +54,10 @@ def write_config(folder: pathlib.Path, *, steps: int = STEPS) -> pathlib.Path:
     return file
 
 
-def write_slow_python(folder: pathlib.Path) -> pathlib.Path:
-    """An interpreter for launchers whose training steps are slow."""
+def write_slow_python(folder: pathlib.Path, *, seconds: float = 0.1) -> pathlib.Path:
+    """An interpreter for launchers whose training steps take so long, at least."""
     file = folder / "python"
-    file.write_text(SLOW_PYTHON.format(python=sys.executable, path=[str(ROOT), str(ROOT / "tests")]))
+    file.write_text(SLOW_PYTHON.format(python=sys.executable, path=[str(ROOT), str(ROOT / "tests")], seconds=seconds))
     file.chmod(0o755)
     return file
 

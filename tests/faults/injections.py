@@ -97,11 +97,11 @@ def no_data_on_host_1() -> None:
     pipeline.open_dataset = open_dataset
 
 
-def slow_steps() -> None:
+def slow_steps(seconds: float = 0.1) -> None:
     """Every batch takes a tenth of a second, so that signals meet a run in full swing."""
 
     def harm(k, salt, batch):
-        time.sleep(0.1)
+        time.sleep(seconds)
         return batch
 
     _harm_batches(harm)
