@@ -13,10 +13,25 @@ from ml_collections import config_flags
 from dip_jax import config
 from dip_jax.errors import UserError
 
+_PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
+
 
 def define_config(values: flags.FlagValues) -> None:
     """Adds --config=configs/NAME.py[:ARG], whose keys --config.section.key=value override."""
     config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARG]", lock_config=True, flag_values=values)
+
+
+def define_processes(values: flags.FlagValues) -> None:
+    """Adds --coordinator_address, --num_processes and --process_id, which `parse` puts where `distributed.start` looks."""
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "HOST:PORT of process 0, for a run of several processes that neither SLURM, Open MPI nor a TPU machine describes; also "
+        "JAX_COORDINATOR_ADDRESS in the environment, as for the next two",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_processes", None, "how many processes make the run", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0, flag_values=values)
 
 
 def read_config(values: flags.FlagValues) -> config.Config:
@@ -35,7 +50,7 @@ def read_config(values: flags.FlagValues) -> config.Config:
 
 
 def parse(values: flags.FlagValues, command: str, argv: list[str]) -> None:
-    """Parses `argv` (without the program's name) into `values`.
+    """Parses `argv` (without the program's name) into `values`, and those of `define_processes` into the environment.
 
     Raises:
         UserError: for an unknown flag or config key (naming the nearest valid one), a bad value, a config file that is
@@ -55,12 +70,15 @@ def parse(values: flags.FlagValues, command: str, argv: list[str]) -> None:
         raise UserError(f"--config cannot be read: {_reason(error)}") from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+    for name in _PROCESS_FLAGS:
+        if name in values and values[name].value is not None:
+            os.environ[f"JAX_{name.upper()}"] = str(values[name].value)
 
 
 def help_text(command: str, job: Any, values: flags.FlagValues) -> str:
     """What `COMMAND --help` prints: the job's docstring, its flags with defaults, the config's keys where it takes one."""
     lines = [f"usage: python -m dip_jax {command} [flags]", "", job.__doc__.strip(), "", "flags:"]
-    for flag in _flags(values).values():
+    for flag in _flags(values):
         default = "" if flag.default in (None, "") else f" (default: {flag.default})"
         text = textwrap.wrap(f"{flag.help}{default}", width=88)
         lines += [f"  --{flag.name:<20} {text[0]}", *(f"{'':<25}{line}" for line in text[1:])]
@@ -72,9 +90,10 @@ def help_text(command: str, job: Any, values: flags.FlagValues) -> str:
     return "\n".join(lines)
 
 
-def _flags(values: flags.FlagValues) -> dict[str, flags.Flag]:
-    """The flags in the order in which they were defined."""
-    return {flag.name: flag for module in values.flags_by_module_dict().values() for flag in module}
+def _flags(values: flags.FlagValues) -> list[flags.Flag]:
+    """The flags in the order in which they were defined, those of `define_processes` last."""
+    found = [flag for module in values.flags_by_module_dict().values() for flag in module]
+    return sorted(found, key=lambda flag: flag.name in _PROCESS_FLAGS)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,10 +1,12 @@
 """Several processes as one run: joining, agreeing on a number, noticing a preemption together.
 
 Who is who is found in this order:
-    JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID   anything else: set them yourself
-    SLURM_*                                                                a step of `srun` with several tasks
-    OMPI_*                                                                 Open MPI's `mpirun`
-    a TPU virtual machine                                                  asked by JAX itself
+    --coordinator_address=HOST:PORT --num_processes=N --process_id=I   anything else: say it yourself
+    SLURM_*                                                            a step of `srun` with several tasks
+    OMPI_*                                                             Open MPI's `mpirun`
+    a TPU virtual machine                                              asked by JAX itself
+A flag sets the environment variable JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES or JAX_PROCESS_ID, for a launcher (such as
+Kubernetes) or a notebook that would rather set these.
 With none of these a process works alone.
 """
 
@@ -31,7 +33,7 @@ from dip_jax.errors import Exit, UserError
 T = TypeVar("T")
 TIMEOUT_SECONDS = 60  # to find the coordinator; JAX alone waits five minutes
 HEARTBEAT_SECONDS = 30  # without a sign of life of a peer, a process ends, so that the launcher can restart all
-_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
 _PORTS = (61440, 4096)  # first and count of those that a scheduler's job number is mapped to
 
 
@@ -52,18 +54,22 @@ def find_membership(environment: Mapping[str, str]) -> Membership | None:
         UserError: if what is set is incomplete or makes no sense.
     """
     found = _from_slurm(environment) or _from_open_mpi(environment)
-    address, count, index = (environment.get(name) for name in _VARIABLES)
-    if not address:
+    said = {flag: environment.get(f"JAX_{flag[2:].upper()}") for flag in _FLAGS}
+    if not any(said.values()):
         return found
-    if found:  # a launcher's own coordinator: the scheduler still knows who is who
+    address, count, index = said.values()
+    if found and address:  # a launcher's own coordinator: the scheduler still knows who is who
         count, index = count or str(found.count), index or str(found.index)
-    missing = [name for name, value in zip(_VARIABLES, (address, count, index), strict=True) if not value]
+    missing = [flag for flag, value in zip(_FLAGS, (address, count, index), strict=True) if not value]
     if missing:
-        raise UserError(f"JAX_COORDINATOR_ADDRESS is set but {' and '.join(missing)} is not: set all three, or none")
+        raise UserError(
+            f"{' and '.join(missing)} missing beside {' and '.join(flag for flag in _FLAGS if said[flag])}: give all three "
+            "(or the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), or none"
+        )
     if not re.fullmatch(r".+:\d+", address):
-        raise UserError(f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT of process 0")
+        raise UserError(f"--coordinator_address={address} must be HOST:PORT of process 0")
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-        raise UserError(f"JAX_PROCESS_ID={index} must be a number from 0 to JAX_NUM_PROCESSES={count} - 1")
+        raise UserError(f"--process_id={index} must be a number from 0 to --num_processes={count} - 1")
     return Membership(address, int(count), int(index), found.devices if found else None)
 
 

@@ -1,10 +1,15 @@
 """Who is who, from the environments that launchers set; what hosts tell each other when they differ."""
 
-import pytest
+import importlib
+import os
 
-from dip_jax import distributed
+import pytest
+from absl import flags
+
+from dip_jax import command_line, distributed
+from dip_jax.__main__ import main
 from dip_jax.distributed import Membership, find_membership
-from dip_jax.errors import UserError
+from dip_jax.errors import Exit, UserError
 
 OWN = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM = {
@@ -34,6 +39,21 @@ def test_alone_where_nothing_is_set():
 def test_what_is_set_by_hand():
     assert find_membership(OWN) == Membership("10.0.0.1:1234", 4, 3)
     assert find_membership({**SLURM, **OWN}) == Membership("10.0.0.1:1234", 4, 3, (1,))
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "prepare"])
+def test_flags_of_every_job_go_before_the_environment(monkeypatch, capsys, command):
+    for name, value in (SLURM | OWN).items():
+        monkeypatch.setenv(name, value)
+    values = flags.FlagValues()
+    job = importlib.import_module(f"dip_jax.jobs.{command}")
+    job.define_flags(values)
+    required = ["--source=photo_crops", "--out=x"] if command == "prepare" else []
+    argv = [*required, "--coordinator_address=head:4321", "--num_processes=3", "--process_id=0"]
+    command_line.parse(values, command, argv)
+    assert find_membership(os.environ) == Membership("head:4321", 3, 0, (1,))
+    assert main([command, *required, "--process_id=-1"]) == Exit.USER_ERROR
+    assert "process_id" in capsys.readouterr().err
 
 
 def test_slurm():
@@ -69,9 +89,10 @@ def test_open_mpi():
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"JAX_NUM_PROCESSES": ""}, "JAX_NUM_PROCESSES is not"),
-        ({"JAX_PROCESS_ID": "4"}, "from 0 to JAX_NUM_PROCESSES=4 - 1"),
-        ({"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID=one"),
+        ({"JAX_NUM_PROCESSES": ""}, "--num_processes missing beside --coordinator_address and --process_id"),
+        ({"JAX_COORDINATOR_ADDRESS": "", "JAX_PROCESS_ID": ""}, "--coordinator_address and --process_id missing"),
+        ({"JAX_PROCESS_ID": "4"}, "from 0 to --num_processes=4 - 1"),
+        ({"JAX_PROCESS_ID": "one"}, "--process_id=one"),
         ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "must be HOST:PORT"),
     ],
 )

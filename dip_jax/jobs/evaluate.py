@@ -27,6 +27,7 @@ from etils import epath
 from dip_jax import (
     candidates,
     checkpoint,
+    command_line,
     config,
     distributed,
     drawing,
@@ -110,6 +111,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_bool("quick", False, "with --workdir: leave out the row of the raw (not averaged) weights", **own)
     absl_flags.DEFINE_enum("precision", "default", ("default", "highest"), "highest: float32 throughout", **own)
     absl_flags.DEFINE_string("cache", default_cache(), "folder for the statistics of references", **own)
+    command_line.define_processes(flags)
 
 
 def open_judge(

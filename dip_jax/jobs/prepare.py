@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import PIL
 from absl import flags as absl_flags
 
+from dip_jax import command_line
 from dip_jax.data import images, shards, sources, writing
 from dip_jax.errors import Exit, Interrupted, UserError
 
@@ -61,6 +62,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
         "max_rejected", 0.001, "share of bad images above which the exit code is 3", 0.0, 1.0, flag_values=flags
     )
     absl_flags.DEFINE_integer("processes", None, "how many write; default: one per CPU", lower_bound=1, flag_values=flags)
+    command_line.define_processes(flags)
 
 
 def run(flags: absl_flags.FlagValues) -> None:

@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from dip_jax import checkpoint, config, distributed, drawing, figures, guard, sample_files, sampler
+from dip_jax import checkpoint, command_line, config, distributed, drawing, figures, guard, sample_files, sampler
 from dip_jax import steps as step_files
 from dip_jax.data import pipeline
 from dip_jax.errors import Exit, Interrupted, UserError
@@ -87,6 +87,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_bool("ema", True, "draw from the averaged weights (--noema: from the last update's)", **own)
     absl_flags.DEFINE_enum("precision", "default", ("default", "highest"), "highest: float32 throughout", **own)
     absl_flags.DEFINE_string("trajectory", None, "FILE.png that shows some samples from noise to image", **own)
+    command_line.define_processes(flags)
 
 
 def run(flags: absl_flags.FlagValues) -> None:

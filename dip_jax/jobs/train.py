@@ -32,6 +32,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_list(
         "allow_change", [], "config keys that may differ from the workdir's, such as optim.learning_rate", flag_values=flags
     )
+    command_line.define_processes(flags)
 
 
 def run(flags: absl_flags.FlagValues) -> None:
