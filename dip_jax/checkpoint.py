@@ -21,7 +21,6 @@ Restore order:
 import concurrent.futures
 import dataclasses
 import json
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dip_jax import distributed, guard, misfit, steps
+from dip_jax import distributed, guard, misfit, quiet, steps
 from dip_jax.config import Checkpoint, Config, from_dict, to_dict
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
@@ -68,7 +67,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, options: Checkpoint, *, report: Callable[[str], None] | None = None):
-        _quieten_orbax()
+        quiet.quieten_orbax()
         self.root = guard.absolute(workdir) / steps.ROOT
         self._options = options
         self._report = report or distributed.say
@@ -196,7 +195,7 @@ def load(path: epath.PathLike, *, weights: str = "ema", verify: bool = True) -> 
     Raises:
         UserError: if there is no checkpoint, it is damaged, or it lacks the weights asked for.
     """
-    _quieten_orbax()
+    quiet.quieten_orbax()
     if weights not in ("ema", "raw", "initial"):
         raise UserError(f"weights={weights!r} is unknown: it is one of ema, raw, initial")
     path = steps.find(path, verify=verify, report=distributed.say)
@@ -234,7 +233,7 @@ def write_weights(workdir: epath.PathLike, params: Params, *, config: Config, st
     Raises:
         UserError: if the step exists already or the directory cannot be written.
     """
-    _quieten_orbax()
+    quiet.quieten_orbax()
     root = guard.absolute(workdir) / steps.ROOT
     guard.require_writable(root)
     path = root / str(step)
@@ -293,14 +292,3 @@ def _reason(error: BaseException) -> str:
     """The innermost cause in one line."""
     error = _cause(error)
     return f"{type(error).__name__}: {error}".split("\n")[0][:300]
-
-
-def _quieten_orbax() -> None:
-    """Keeps Orbax's tracebacks of background failures off stderr: every one is raised again, as one line, by `check`."""
-    logger = logging.getLogger("absl")
-    if _not_from_orbax not in logger.filters:
-        logger.addFilter(_not_from_orbax)
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname

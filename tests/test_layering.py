@@ -22,6 +22,7 @@ FLOORS = {
     "bad_numbers": 1,
     "foreign": 0.5,  # steps reads it
     "misfit": 1,
+    "quiet": 1,
     "hlo": 1,
     "hardware": 1.5,  # reads hlo
     "config_change": 1,
