@@ -45,3 +45,20 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def update_goldens(request) -> bool:
     return request.config.getoption("--update-goldens")
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    """The process from which children are forked: see `faults.harness`."""
+    from faults import harness  # not before the settings above
+
+    with harness.Nursery(tmp_path_factory.mktemp("logs")) as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> pathlib.Path:
+    """Random images of three classes; nobody may write there."""
+    from faults import harness
+
+    return harness.make_dataset(tmp_path_factory.mktemp("data") / "set")

@@ -19,17 +19,6 @@ TOPOLOGIES = {"1x8": (1, 8), "2x4": (2, 4), "4x2": (4, 2)}
 REDUCED = {("mixed", "1x8"), ("mixed", "2x4"), ("fsdp", "4x2")}
 
 
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with harness.Nursery(tmp_path_factory.mktemp("logs")) as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> pathlib.Path:
-    return harness.make_dataset(tmp_path_factory.mktemp("data") / "set")
-
-
 def settings(dataset: pathlib.Path, mesh: tuple[int, int, int]) -> config.Config:
     """Eight heads, so that a tensor axis of eight divides them."""
     sizes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh, strict=True))
@@ -75,21 +64,6 @@ def test_every_topology_is_the_same_run(request, nursery, dataset, alone, tmp_pa
     assert worst <= 1e-5 and start <= 1e-6
 
 
-def start(nursery, folder: pathlib.Path, count: int, *argv: object) -> list[harness.Child]:
-    """`python -m dip_jax ARGV` in `count` processes of one device each."""
-    common = harness.membership(count)
-    children = []
-    for index in range(count):
-        log = folder / f"{argv[0]}-{count}-{index}.log"
-        log.write_text("")
-        environment = common | {"JAX_PROCESS_ID": str(index), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-        request = {"function": "host_jobs:command", "arguments": [str(word) for word in argv]}
-        children.append(
-            harness.Child(nursery, nursery.ask(request | {"log": str(log), "environment": environment})["pid"], log)
-        )
-    return children
-
-
 @pytest.mark.slow
 def test_train_resume_sample_evaluate_with_changing_process_counts(nursery, dataset, tmp_path):
     """2 processes train, 4 go on, 2 sample, 4 judge; the curve is that of one process."""
@@ -99,9 +73,9 @@ def test_train_resume_sample_evaluate_with_changing_process_counts(nursery, data
     assert "going on from step 6" in finish(nursery.start_several(4, whole, workdir))
     finish(nursery.start_several(1, whole, tmp_path / "alone"))
     assert losses(workdir) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
-    finish(start(nursery, tmp_path, 2, "sample", f"--workdir={workdir}", "--num_samples=30", f"--out={samples}"))
+    finish(nursery.call("command", "sample", f"--workdir={workdir}", "--num_samples=30", f"--out={samples}", count=2))
     judged = ("evaluate", f"--samples={samples}", f"--reference={dataset}", "--features=lite0", f"--out={metrics}")
-    finish(start(nursery, tmp_path, 4, *judged))
+    finish(nursery.call("command", *judged, count=4))
     (row,) = json.loads(metrics.read_text())["rows"]
     assert row["N"] == 30 and any(name.startswith("fid_") for name in row)
 

@@ -15,11 +15,6 @@ from dip_jax.jobs import train
 from dip_jax.models import dip
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> pathlib.Path:
-    return harness.make_dataset(tmp_path_factory.mktemp("data") / "set")
-
-
 def dit_only(like: config.Config, workdir: pathlib.Path, **changes):
     """A checkpoint of random weights without a head, and those weights."""
     network = dataclasses.replace(like.model, head="none", placement="post_hoc", **changes)

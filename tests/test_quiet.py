@@ -1,4 +1,4 @@
-"""Of all that reaches the hook for errors that nobody can catch, one thing is dropped: TensorStore's reports to a closed loop."""
+"""Of the errors that nobody can catch one kind is dropped: what TensorStore reports to an event loop that Orbax has closed."""
 
 import asyncio
 import sys

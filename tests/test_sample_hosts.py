@@ -3,7 +3,6 @@
 import json
 import pathlib
 import signal
-import socket
 
 import jax
 import numpy as np
@@ -18,14 +17,7 @@ BATCHES, SIZE = 10, 8
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with harness.Nursery(tmp_path_factory.mktemp("logs")) as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> config.Config:
-    dataset = harness.make_dataset(tmp_path_factory.mktemp("data") / "set")
+def settings(dataset) -> config.Config:
     return harness.tiny_config(dataset, sample__steps=3, sample__batch_size=SIZE, sample__guidance=2.0)
 
 
@@ -38,25 +30,6 @@ def workdir(settings, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("run")
     checkpoint.write_weights(folder, params, config=settings, step=7)
     return folder
-
-
-def start(nursery, folder: pathlib.Path, count: int, function: str, *arguments, devices: int = 1) -> list[harness.Child]:
-    """`count` processes, the first of them the main one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    children = []
-    for index in range(count):
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # ready sooner
-        environment = {"XLA_FLAGS": flags}
-        if count > 1:
-            names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": index}
-            environment |= {name: str(value) for name, value in names.items()}
-        log = folder / f"{function}-{len(list(folder.glob('*.log')))}.log"
-        log.write_text("")
-        request = {"function": f"host_jobs:{function}", "arguments": arguments, "log": str(log), "environment": environment}
-        children.append(harness.Child(nursery, nursery.ask(request)["pid"], log))
-    return children
 
 
 def finish(children: list[harness.Child]) -> str:
@@ -73,7 +46,7 @@ def sampling(workdir, out) -> list[str]:
 
 def start_sharded(nursery, workdir, out) -> harness.Child:
     """One process whose batches are spread over eight devices."""
-    return start(nursery, out.parent, 1, "command", *sampling(workdir, out), devices=8)[0]
+    return nursery.call("command", *sampling(workdir, out), devices=8)[0]
 
 
 @pytest.mark.parametrize(
@@ -114,12 +87,12 @@ def test_killed_and_given_again_the_file_is_the_same(nursery, workdir, tmp_path,
 def test_any_number_of_hosts_gives_the_same_file_also_after_kills(nursery, workdir, tmp_path):
     """Two hosts are killed, one goes on and is killed, three finish: the bytes are those of one undisturbed host."""
     alone, shared = tmp_path / "alone.npz", tmp_path / "shared.npz"
-    finish(start(nursery, tmp_path, 1, "command", *sampling(workdir, alone)))
+    finish(nursery.call("command", *sampling(workdir, alone)))
     parts = tmp_path / "shared.npz.parts"
     stamps: dict[str, int] = {}
     killed = 0
     for hosts, point in ((2, 3), (1, 6)):
-        children = start(nursery, tmp_path, hosts, "command", *sampling(workdir, shared))
+        children = nursery.call("command", *sampling(workdir, shared), count=hosts)
         children[0].wait_for(lambda n=point: shared.exists() or (parts.exists() and len(list(parts.glob("0*"))) >= n), 600)
         for child in children:
             child.send(signal.SIGKILL)
@@ -128,17 +101,17 @@ def test_any_number_of_hosts_gives_the_same_file_also_after_kills(nursery, workd
         assert stamps.items() <= now.items()  # no finished batch was drawn again
         stamps = now
     assert killed == 3 and 0 < len(stamps) < BATCHES
-    said = finish(start(nursery, tmp_path, 3, "command", *sampling(workdir, shared)))
+    said = finish(nursery.call("command", *sampling(workdir, shared), count=3))
     assert said.count("drawing ") == 1  # one host speaks
     assert shared.read_bytes() == alone.read_bytes() and not parts.exists()
 
 
 @pytest.mark.slow
 def test_a_mistake_on_one_host_ends_all(nursery, workdir, tmp_path):
-    children = start(nursery, tmp_path, 2, "command", *sampling(workdir, "/proc/nothing/here.npz"))
+    children = nursery.call("command", *sampling(workdir, "/proc/nothing/here.npz"), count=2)
     assert [child.wait(300) for child in children] == [Exit.USER_ERROR] * 2, children[0].log + children[1].log
     assert "cannot be written" in children[0].log and "process 0 stopped with an error" in children[1].log
-    children = start(nursery, tmp_path, 2, "command_failing_on_host_1", *sampling(workdir, tmp_path / "out.npz"))
+    children = nursery.call("command_failing_on_host_1", *sampling(workdir, tmp_path / "out.npz"), count=2)
     assert [child.wait(300) for child in children] == [Exit.USER_ERROR] * 2, children[0].log + children[1].log
     assert "another process stopped with an error" in children[0].log and "no room on host 1" in children[1].log
 
@@ -149,7 +122,7 @@ def test_two_hosts_judge_as_one_does(nursery, workdir, settings, tmp_path):
     for hosts in (1, 2):
         out = tmp_path / f"{hosts}.json"
         flags = [f"--reference={settings.data.path}", "--num_samples=40", f"--out={out}", f"--cache={tmp_path / 'cache'}"]
-        said = finish(start(nursery, tmp_path, hosts, "command", "evaluate", f"--workdir={workdir}", *flags))
+        said = finish(nursery.call("command", "evaluate", f"--workdir={workdir}", *flags, count=hosts))
         assert said.count("averaged weights (EMA)  ") == 1  # one host writes the table
         found[hosts] = json.loads(out.read_text())["rows"][-1]
         assert found[hosts].pop("row") == "averaged weights (EMA)"
@@ -164,7 +137,7 @@ def test_hosts_meet_after_judging_while_they_train(nursery, settings, tmp_path):
     values = config.to_dict(settings)
     values["eval"] |= {"reference": settings.data.path, "num_samples": 6, "batch_size": 8}
     values["train"] |= {"steps": 5, "eval_every": 2, "watchdog_seconds": 20.0}
-    finish(start(nursery, tmp_path, 2, "train_judged", values, str(tmp_path / "run"), 4.0))  # 28 s at the first mark
+    finish(nursery.call("train_judged", values, str(tmp_path / "run"), 4.0, count=2))  # 28 s at the first mark
     rows = writers.read_rows(tmp_path / "run" / "eval.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 5]
     assert all(np.isfinite([row["fid_toy"], row["raw_fid_toy"]]).all() and row["N"] == 6 for row in rows)

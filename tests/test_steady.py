@@ -12,11 +12,6 @@ from dip_jax import config, step
 from dip_jax.jobs import train
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> pathlib.Path:
-    return harness.make_dataset(tmp_path_factory.mktemp("data") / "set")
-
-
 def run_watched(monkeypatch, dataset, workdir, *, steps, look) -> list:
     """Trains; what `look(number)` said before every step."""
     seen = []

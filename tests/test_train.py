@@ -21,11 +21,6 @@ from dip_jax.jobs import train
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> pathlib.Path:
-    return harness.make_dataset(tmp_path_factory.mktemp("data") / "set")
-
-
 @pytest.fixture
 def no_compilation(monkeypatch):
     """Fails the test if anything is compiled."""

@@ -16,11 +16,6 @@ from dip_jax.metrics import features
 CHANGES = {"train__steps": 5, "train__eval_every": 2, "eval__num_samples": 8}
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return harness.make_dataset(tmp_path_factory.mktemp("data") / "set")
-
-
 @pytest.fixture
 def opened(monkeypatch, tmp_path) -> list[str]:
     """The toy in the place of lite0, a cache of this test's own, and how often a network was opened."""

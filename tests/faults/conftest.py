@@ -1,4 +1,4 @@
-"""What the fault tests share: one nursery, one dataset, and per module a config and the run that nobody disturbed.
+"""What the fault tests share: per module a config and the run that nobody disturbed.
 
 A module says by `CHANGES` in what its config differs from `harness.tiny_config`, such as {"train__steps": 10}.
 """
@@ -10,17 +10,6 @@ import pytest
 from dip_jax.config import Config
 from dip_jax.errors import Exit
 from faults import harness
-
-
-@pytest.fixture(scope="session")
-def nursery(tmp_path_factory):
-    with harness.Nursery(tmp_path_factory.mktemp("logs")) as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory) -> pathlib.Path:
-    return harness.make_dataset(tmp_path_factory.mktemp("data") / "set")
 
 
 @pytest.fixture(scope="module")

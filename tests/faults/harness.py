@@ -141,12 +141,23 @@ class Nursery:
         **options: object,
     ) -> Child:
         """Starts `train(config, workdir=workdir, **options)`; `fault` names a function of `faults.injections` to run first."""
+        request = {"config": to_dict(config), "workdir": str(workdir), "fault": fault, "options": options}
+        return self._fork(request, environment or {})
+
+    def call(self, function: str, *arguments: object, count: int = 1, devices: int = 1) -> list[Child]:
+        """Starts `host_jobs.FUNCTION(*arguments)`, which returns an exit code, in `count` processes with `devices` each."""
+        request, common = {"function": f"host_jobs:{function}", "arguments": arguments}, {"XLA_FLAGS": flags(devices)}
+        if count == 1:
+            return [self._fork(request, common)]
+        common |= membership(count)
+        return [self._fork(request, common | {"JAX_PROCESS_ID": str(index)}) for index in range(count)]
+
+    def _fork(self, request: Mapping[str, object], environment: Mapping[str, str]) -> Child:
         self._count += 1
         log = self._scratch / f"child-{self._count}.log"
         log.touch()  # it may be read before the child writes
-        request = {"config": to_dict(config), "workdir": str(workdir), "log": str(log), "fault": fault}
-        request |= {"options": options, "environment": dict(environment or {})}
-        return Child(self, self.ask(request)["pid"], log)
+        pid = self.ask({**request, "log": str(log), "environment": dict(environment)})["pid"]
+        return Child(self, pid, log)
 
     def start_several(
         self,

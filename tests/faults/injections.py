@@ -64,6 +64,11 @@ def nan_once() -> None:
     _nan_from(4, 4)
 
 
+def nan_never() -> None:
+    """The program of the faults with NaN, and none of its batches is harmed."""
+    _nan_from(1 << 30, 1 << 30)
+
+
 def nan_streak() -> None:
     """Batches 5..20 are not finite, in the first order of the data only."""
     _nan_from(5, 20, only_salt=0)

@@ -59,15 +59,16 @@ def test_another_mesh_goes_on_with_the_same_batches(nursery, changed, reference,
 
 
 @pytest.mark.slow
-def test_one_bad_number_is_skipped_and_counted(nursery, config, reference, tmp_path):
-    code, log = nursery.run(config, tmp_path / "run", fault="nan_once")
-    assert code == Exit.DONE, log
-    rows, expected = harness.curve(tmp_path / "run"), harness.curve(reference)
-    for row, other in zip(rows[:4], expected[:4], strict=True):  # the fault is in the program: its sums differ in the last bit
-        assert row == pytest.approx(other, rel=1e-6)
+def test_one_bad_number_is_skipped_and_counted(nursery, config, tmp_path):
+    """The fault is part of the program and may move its sums in the last bit: the reference is the same program."""
+    for fault in ("nan_once", "nan_never"):
+        code, log = nursery.run(config, tmp_path / fault, fault=fault)
+        assert code == Exit.DONE, log
+    rows, expected = harness.curve(tmp_path / "nan_once"), harness.curve(tmp_path / "nan_never")
+    assert rows[:4] == expected[:4]
     assert rows[4]["loss"] is None and [row["skipped"] for row in rows] == [0] * 4 + [1] * (STEPS - 4)
     assert rows[5]["loss"] != expected[5]["loss"]
-    assert (tmp_path / "run" / "inspect" / "step_00000005.json").exists()
+    assert (tmp_path / "nan_once" / "inspect" / "step_00000005.json").exists()
 
 
 @pytest.mark.parametrize(
