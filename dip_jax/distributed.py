@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dip_jax.errors import Exit, UserError
+from dip_jax.errors import Exit, Interrupted, UserError
 
 T = TypeVar("T")
 TIMEOUT_SECONDS = 60  # to find the coordinator; JAX alone waits five minutes
@@ -107,8 +107,10 @@ def _own_device(environment: Mapping[str, str], *, place: int, processes: int) -
     return None if alone else (place,)
 
 
-def start() -> None:
+def start(*, computes: bool = True) -> None:
     """Joins the other processes of the run, if there are any, and looks at the devices. Must run before anything touches one.
+
+    A job that computes nothing leaves the accelerator, which another may be using, alone: the processes talk on their CPUs.
 
     A run that does not come together within a minute ends with one line that names the address and `Exit.CRASH`: JAX alone
     would wait for five minutes and abort.
@@ -117,8 +119,12 @@ def start() -> None:
         UserError: if the environment is incomplete, the processes cannot join, or the accelerator that JAX_PLATFORMS names
             first is not there: JAX itself goes on to the next name, which would train on the CPU without a word.
     """
+    if not computes:
+        jax.config.update("jax_platforms", "cpu")
     if not jax.distributed.is_initialized():
         _join()
+    if not computes:
+        return
     asked, found = os.environ.get("JAX_PLATFORMS", "").split(",")[0], jax.default_backend()
     if asked and {"cuda": "gpu", "rocm": "gpu"}.get(asked, asked) != found:
         raise UserError(
@@ -172,9 +178,19 @@ def _deadline(message: str) -> Iterator[None]:
         timer.cancel()
 
 
+def count() -> int:
+    """How many processes make the run. A process that works alone touches no device for that."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def index() -> int:
+    """Which of them this is."""
+    return jax.process_index() if jax.distributed.is_initialized() else 0
+
+
 def is_main() -> bool:
     """True in the one process that writes files and speaks."""
-    return jax.process_index() == 0
+    return index() == 0
 
 
 def say(line: str) -> None:
@@ -185,17 +201,17 @@ def say(line: str) -> None:
 
 def agree(value: int) -> int:
     """The main process's value, in every process. All must call it."""
-    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    return value if count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def total(value: int) -> int:
     """The sum of all processes' values, in every process. All must call it."""
-    return value if jax.process_count() == 1 else int(np.sum(multihost_utils.process_allgather(np.int32(value))))
+    return value if count() == 1 else int(np.sum(multihost_utils.process_allgather(np.int32(value))))
 
 
 def largest(value: int) -> int:
     """The largest of all processes' values, in every process. All must call it."""
-    return value if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(value))))
+    return value if count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
 def code_version() -> str:
@@ -215,7 +231,7 @@ def require_same(facts: Mapping[str, Any]) -> None:
     Raises:
         UserError: in every process, with the first differences from process 0.
     """
-    if jax.process_count() == 1:
+    if count() == 1:
         return
     lines = _flatten(facts)
     own = json.dumps(lines).encode()
@@ -244,7 +260,7 @@ def preempted(step: int) -> bool:
 
     JAX's preemption service hears SIGTERM and settles the step. Call it once per step, in all processes.
     """
-    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+    return count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 def on_all(action: Callable[[], T]) -> T:
@@ -260,13 +276,16 @@ def on_all(action: Callable[[], T]) -> T:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """Runs `action` in the main process only; what it raises as a `UserError` ends all processes. All must call it."""
+    """Runs `action` in the main process only; what it raises for the user ends all processes alike. All must call it."""
     result = error = None
     if is_main():
         try:
             result = action()
-        except UserError as raised:
+        except (UserError, Interrupted) as raised:
             error = raised
-    if agree(int(error is not None)):
+    code = agree(int(getattr(error, "code", Exit.USER_ERROR) if error else Exit.DONE))
+    if code == Exit.USER_ERROR:
         raise error or UserError("process 0 stopped with an error: see its log")
+    if code != Exit.DONE:
+        raise error or Interrupted("process 0 stopped: see its log", code=Exit(code))
     return result

@@ -4,43 +4,20 @@ import csv
 import hashlib
 import io
 import json
-import os
 import pathlib
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from preparing import ROOT, command, content, make_folder
 from test_data_images import adm_crop, bad_kinds, encoded, good_kinds, photograph
 
 from dip_jax.data import photo_crops, pipeline, shards, sources, writing
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.jobs.prepare import prepare
-
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-def make_folder(root: pathlib.Path, *, classes=("ants", "bees", "cats"), per_class=4, size=(60, 45)) -> pathlib.Path:
-    """An ImageFolder of small photographs, all different."""
-    rng = np.random.default_rng(0)
-    base = photograph(*size)
-    for name in classes:
-        (root / name).mkdir(parents=True)
-        for i in range(per_class):
-            image = Image.fromarray(np.roll(np.asarray(base), rng.integers(1000), axis=1) ^ np.uint8(rng.integers(256)))
-            (root / name / f"{i:03d}.png").write_bytes(encoded(image, "PNG", compress_level=1))
-    return root
-
-
-def content(folder: pathlib.Path) -> dict[str, str]:
-    return {
-        os.fspath(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture
@@ -184,20 +161,6 @@ def test_unfinished_work_of_another_request_is_not_mixed_in(tmp_path):
     (root / "ants" / "bad.png").unlink()
     with pytest.raises(UserError, match="unfinished work with content="):
         prepare("folder", image_size=16, **arguments)
-
-
-def command(root, out, *flags) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "dip_jax",
-        "prepare",
-        "--source=folder",
-        f"--from={root}",
-        f"--out={out}",
-        "--image_size=48",
-        *flags,
-    ]
 
 
 def test_finished_shards_are_not_written_again(tmp_path, small_shards, monkeypatch):

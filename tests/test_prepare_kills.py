@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from test_prepare import ROOT, command, content, make_folder
+from preparing import ROOT, command, content, make_folder
 
 from dip_jax.errors import Exit, UserError
 from dip_jax.jobs.prepare import prepare

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import socket
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent import futures
@@ -78,8 +79,8 @@ def plan(folder: pathlib.Path, splits: Mapping[str, sources.Split], storing: Sto
     return tasks
 
 
-def write_all(tasks: list[Task], *, processes: int) -> None:
-    """Writes the shards that are not finished yet, with a progress line.
+def write_all(tasks: list[Task], *, processes: int, shown: bool = True) -> None:
+    """Writes the shards that are not finished yet, with a progress line if `shown`.
 
     Raises:
         UserError: if a process was killed.
@@ -92,7 +93,7 @@ def write_all(tasks: list[Task], *, processes: int) -> None:
     context = multiprocessing.get_context("spawn")
     counter, stop = context.Value("q", 0), context.Event()
     with (
-        tqdm(total=total, initial=total - pending, unit="image", desc="prepare", smoothing=0.02) as bar,
+        tqdm(total=total, initial=total - pending, unit="image", desc="prepare", smoothing=0.02, disable=not shown) as bar,
         futures.ProcessPoolExecutor(min(processes, len(todo)), context, _start_worker, (counter, stop)) as pool,
     ):
         running = {pool.submit(_write_shard, task) for task in todo}
@@ -136,7 +137,8 @@ def _write_shard(task: Task) -> None:
             with _counter.get_lock():
                 _counter.value += 1
 
-    temporary = task.path.with_name(task.path.name + ".tmp")
+    # A name of its own, outside the dataset: of hosts that were killed, one may still be writing the same shard.
+    temporary = task.report.with_name(f"{task.path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     shard = dataclasses.replace(shards.write_shard(temporary, records()), file=task.path.name)
     os.replace(temporary, task.path)
     write_atomically(task.report, json.dumps(dataclasses.asdict(Report(shard, counts, rejected))))

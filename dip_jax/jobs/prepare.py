@@ -6,7 +6,8 @@ Examples:
   python -m dip_jax prepare --source=folder --from=imagenet/train --encoding=original --out=DATASET_DIR
   python -m dip_jax prepare --source=tfds:cifar10 --image_size=32 --out=DATASET_DIR
 
-The directory appears when it is complete; until then the work lies in OUT.partial, and the same command goes on from there.
+The directory appears when it is complete; until then the work lies in OUT.partial, and the same command goes on from there, on
+any number of hosts that share OUT's folder: each writes its part of the shards, and the result is the same to the byte.
 A source with several splits makes OUT/train, OUT/validation, each a dataset directory.
 """
 
@@ -21,11 +22,12 @@ import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import PIL
 from absl import flags as absl_flags
 
-from dip_jax import command_line
+from dip_jax import command_line, distributed
 from dip_jax.data import images, shards, sources, writing
 from dip_jax.errors import Exit, Interrupted, UserError
 
@@ -61,12 +63,15 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_float(
         "max_rejected", 0.001, "share of bad images above which the exit code is 3", 0.0, 1.0, flag_values=flags
     )
-    absl_flags.DEFINE_integer("processes", None, "how many write; default: one per CPU", lower_bound=1, flag_values=flags)
+    absl_flags.DEFINE_integer(
+        "processes", None, "how many write on each host; default: one per CPU", lower_bound=1, flag_values=flags
+    )
     command_line.define_processes(flags)
 
 
 def run(flags: absl_flags.FlagValues) -> None:
     """The command."""
+    distributed.start(computes=False)
     summary = prepare(
         flags.source,
         root=flags["from"].value,
@@ -77,6 +82,8 @@ def run(flags: absl_flags.FlagValues) -> None:
         processes=flags.processes,
         max_rejected=flags.max_rejected,
     )
+    if summary is None:
+        return
     kept, lost = sum(summary.records.values()), len(summary.rejected)
     print(f"{flags.out}: {', '.join(f'{n} {split}' for split, n in summary.records.items())} images")
     if lost:
@@ -93,8 +100,10 @@ def prepare(
     quality: int = 95,
     processes: int | None = None,
     max_rejected: float = 0.001,
-) -> Summary:
+) -> Summary | None:
     """Makes the dataset directory `out`, or goes on where a killed call stopped; the result is the same to the byte.
+
+    Of several processes (see `distributed.start`) all write shards; the first alone decides, and makes `out` appear.
 
     Args:
         source: a row of `sources.SOURCES`, "tfds:NAME" for a TFDS dataset.
@@ -102,38 +111,51 @@ def prepare(
         root: what --from says.
         image_size, encoding: None is the source's own.
         quality: of jpeg crops.
-        processes: how many write; None is one per CPU.
+        processes: how many write on this host; None is one per CPU.
         max_rejected: share of bad images above which `out` does not appear.
+
+    Returns:
+        In the main process; None in the others.
 
     Raises:
         UserError: for arguments that do not fit together, or an `out` that is another dataset.
         Interrupted: with `Exit.REJECTED_INPUTS`, if more images are bad than `max_rejected` allows.
     """
+    asked = {"source": source, "from": root, "out": os.fspath(out), "image_size": image_size, "encoding": encoding}
+    asked |= {"quality": quality, "max_rejected": max_rejected, "code": distributed.code_version()}
+    distributed.require_same(asked)
     kind, _, argument = source.partition(":")
     row = _source_row(kind)
     storing = _storing(row, encoding=encoding, image_size=image_size, quality=quality)
     out = pathlib.Path(out).expanduser().absolute()
     origin = f"{source} --from={root}" if root else source
-    if out.exists():
-        return _existing(out, origin=origin, storing=storing)
+    if distributed.agree(int(out.exists())):
+        return distributed.on_main(lambda: _existing(out, origin=origin, storing=storing))
     partial = out.with_name(out.name + ".partial")
-    with _locked(partial):
-        splits = row.open(argument, root, storing.image_size, partial / "scratch")
-        _check_request(partial, origin=origin, splits=splits, storing=storing)
-        tasks = writing.plan(partial, splits, storing)
-        try:
-            writing.write_all(tasks, processes=processes or len(os.sched_getaffinity(0)))
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped; finished shards lie in {partial}: the same command goes on", code=Exit.INTERRUPTED
-            ) from None
-        summary = Summary(*writing.finish(partial, tasks, source=origin))
-        total = sum(summary.records.values()) + len(summary.rejected)
-        if len(summary.rejected) > max_rejected * total:
-            raise Interrupted(_rejection(partial, summary, total=total, max_rejected=max_rejected), code=Exit.REJECTED_INPUTS)
-        os.rename(partial / "dataset", out)
-        shutil.rmtree(partial)
-    return summary
+
+    def open_source() -> Mapping[str, sources.Split]:
+        with _explained(partial):
+            return row.open(argument, root, storing.image_size, partial / "scratch")
+
+    def plan() -> list[writing.Task]:
+        with _explained(partial):
+            return writing.plan(partial, splits, storing)
+
+    def write() -> None:
+        with _explained(partial):
+            own = tasks[distributed.index() :: distributed.count()]
+            writing.write_all(own, processes=processes or len(os.sched_getaffinity(0)), shown=distributed.is_main())
+
+    with contextlib.ExitStack() as stack:
+        distributed.on_main(lambda: stack.enter_context(_locked(partial)))
+        built = distributed.on_main(open_source)  # alone, as it may have to build the source
+        splits = distributed.on_all(lambda: built or open_source())
+        request = _request(origin, splits, storing)
+        distributed.require_same(request)
+        distributed.on_main(lambda: _check_request(partial, request))
+        tasks = distributed.on_all(plan)
+        distributed.on_all(write)
+        return distributed.on_main(lambda: _publish(partial, out, tasks, origin=origin, max_rejected=max_rejected))
 
 
 def _source_row(kind: str) -> sources.Source:
@@ -180,23 +202,36 @@ def _locked(partial: pathlib.Path) -> Iterator[None]:
             raise UserError(f"{partial} is being written by another prepare: wait for it, or choose another --out") from None
         try:
             yield
-        except OSError as error:
-            raise UserError(f"{error.strerror}: {error.filename or partial}; then run the same command to go on") from error
         finally:
             if {entry.name for entry in partial.glob("*")} == {"lock"}:  # a mistake, found before any work
                 shutil.rmtree(partial)
 
 
-def _check_request(
-    partial: pathlib.Path, *, origin: str, splits: Mapping[str, sources.Split], storing: writing.Storing
-) -> None:
-    """Refuses to mix finished shards of another request with this one's."""
-    request = {
+@contextlib.contextmanager
+def _explained(partial: pathlib.Path) -> Iterator[None]:
+    """What the disk or Ctrl-C ends is told in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.strerror}: {error.filename or partial}; then run the same command to go on") from error
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped; finished shards lie in {partial}: the same command goes on", code=Exit.INTERRUPTED
+        ) from None
+
+
+def _request(origin: str, splits: Mapping[str, sources.Split], storing: writing.Storing) -> dict[str, Any]:
+    """Everything that the shards depend on, as JSON values."""
+    return {
         "source": origin,
         "content": {name: split.identity for name, split in splits.items()},
         "pillow": PIL.__version__,
         **dataclasses.asdict(storing),
     }
+
+
+def _check_request(partial: pathlib.Path, request: Mapping[str, Any]) -> None:
+    """Refuses to mix finished shards of another request with this one's."""
     file = partial / "request.json"
     if file.exists():
         before = json.loads(file.read_text())
@@ -207,7 +242,22 @@ def _check_request(
                     "remove it to start afresh, or repeat the command that began it"
                 )
     else:
-        writing.write_atomically(file, json.dumps(request, indent=1))
+        with _explained(partial):
+            writing.write_atomically(file, json.dumps(request, indent=1))
+
+
+def _publish(
+    partial: pathlib.Path, out: pathlib.Path, tasks: list[writing.Task], *, origin: str, max_rejected: float
+) -> Summary:
+    """Makes `out` of finished shards, unless too many images are bad."""
+    with _explained(partial):
+        summary = Summary(*writing.finish(partial, tasks, source=origin))
+        total = sum(summary.records.values()) + len(summary.rejected)
+        if len(summary.rejected) > max_rejected * total:
+            raise Interrupted(_rejection(partial, summary, total=total, max_rejected=max_rejected), code=Exit.REJECTED_INPUTS)
+        os.rename(partial / "dataset", out)
+        shutil.rmtree(partial)
+    return summary
 
 
 def _rejection(partial: pathlib.Path, summary: Summary, *, total: int, max_rejected: float) -> str:

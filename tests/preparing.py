@@ -1,0 +1,48 @@
+"""What the tests of `prepare` share: a folder of images, the command, and what it made."""
+
+import hashlib
+import os
+import pathlib
+import sys
+
+import numpy as np
+from PIL import Image
+from test_data_images import encoded, photograph
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def make_folder(root: pathlib.Path, *, classes=("ants", "bees", "cats"), per_class=4, size=(60, 45)) -> pathlib.Path:
+    """An ImageFolder of small photographs, all different."""
+    rng = np.random.default_rng(0)
+    base = photograph(*size)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            image = Image.fromarray(np.roll(np.asarray(base), rng.integers(1000), axis=1) ^ np.uint8(rng.integers(256)))
+            (root / name / f"{i:03d}.png").write_bytes(encoded(image, "PNG", compress_level=1))
+    return root
+
+
+def content(folder: pathlib.Path) -> dict[str, str]:
+    """A digest of every file below a folder."""
+    return {
+        os.fspath(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def command(root: pathlib.Path, out: pathlib.Path, *flags: str) -> list[str]:
+    """`prepare` of such a folder as a process of its own."""
+    return [
+        sys.executable,
+        "-m",
+        "dip_jax",
+        "prepare",
+        "--source=folder",
+        f"--from={root}",
+        f"--out={out}",
+        "--image_size=48",
+        *flags,
+    ]

@@ -1,0 +1,120 @@
+"""`prepare` in several real processes that share a disk: the bytes of one, also after a kill; a mistake of one ends all."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import launching
+import pytest
+from preparing import ROOT, command, content, make_folder
+
+from dip_jax.errors import Exit
+
+pytestmark = pytest.mark.slow
+
+# `prepare` with small shards, whose writers stop for ever at image number LAST of this host.
+JOB = """
+import os, sys, time
+from dip_jax import distributed
+from dip_jax.__main__ import main
+from dip_jax.data import images, writing
+
+decode, journal, last = images.decode, os.environ["JOURNAL"], int(os.environ["LAST"])
+
+def counted(data):
+    with open(journal, "ab") as file:
+        file.write(b".")
+    while os.path.getsize(journal) > last:
+        time.sleep(0.01)
+    return decode(data)
+
+images.decode = counted
+writing.RECORDS_PER_SHARD = 10
+distributed.HEARTBEAT_SECONDS = 10
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Hosts:
+    """So many processes of one `prepare`."""
+
+    def __init__(self, folder: pathlib.Path, out: str, *, count: int, last: int = 10**6, flags=(), others=()):
+        script = folder / "job.py"
+        script.write_text(JOB)
+        self._logs, self.processes = [], []
+        address = launching.free_address()
+        for index in range(count):
+            membership = (f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={index}")
+            argv = command(folder / "images", folder / out, "--processes=1", *(membership if count > 1 else ()))[3:]
+            journal = folder / f"journal-{out}-{index}"
+            journal.write_bytes(b"")
+            env = {"PYTHONPATH": str(ROOT), "JOURNAL": str(journal), "LAST": str(last if index else 10**6)}
+            self._logs.append(folder / f"{out}-{index}.log")
+            with open(self._logs[-1], "w") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, script, *argv, *flags, *(others if index else ())],
+                        env=os.environ | {"XLA_FLAGS": ""} | env,
+                        stdout=log,
+                        stderr=log,
+                    )
+                )
+
+    def wait(self) -> list[int]:
+        """Their exit codes."""
+        return [process.wait(300) for process in self.processes]
+
+    @property
+    def logs(self) -> list[str]:
+        return [log.read_text() for log in self._logs]
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+    """80 images and one that is none: nine shards."""
+    root = make_folder(tmp_path / "images", classes=("ants", "bees"), per_class=40)
+    (root / "bees" / "bad.png").write_bytes(b"no image")
+    return tmp_path
+
+
+def test_killed_and_given_again_the_bytes_are_those_of_one_host(folder):
+    """The second host stops in its third shard and is killed when the first has done its part; two, then three go on."""
+    accepted = ("--max_rejected=0.1",)
+    one = Hosts(folder, "one", count=1, flags=accepted)
+    assert one.wait() == [Exit.DONE], one.logs
+
+    pair = Hosts(folder, "some", count=2, last=24)
+    shards, reports = (folder / "some.partial" / name for name in ("dataset", "reports"))
+    end = time.monotonic() + 300
+    while len(list(reports.rglob("*.json"))) < 7 or (folder / "journal-some-1").stat().st_size < 25:  # five, and two
+        assert time.monotonic() < end and [p.poll() for p in pair.processes] == [None] * 2, pair.logs
+        time.sleep(0.05)
+    pair.processes[1].send_signal(signal.SIGKILL)
+    assert pair.wait()[0] != Exit.DONE and not (folder / "some").exists(), pair.logs
+    stamps = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
+    assert len(stamps) == 7
+
+    pair = Hosts(folder, "some", count=2)
+    assert pair.wait() == [Exit.REJECTED_INPUTS] * 2, pair.logs
+    assert "1 of 81 images are bad" in pair.logs[0] and "process 0 stopped" in pair.logs[1]
+    assert stamps.items() <= {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}.items()  # none written again
+
+    three = Hosts(folder, "some", count=3, flags=accepted)
+    assert three.wait() == [Exit.DONE] * 3, three.logs
+    assert content(folder / "some") == content(folder / "one") and not (folder / "some.partial").exists()
+    assert "80 train images" in three.logs[0] and not any("images" in log for log in three.logs[1:])
+
+
+def test_hosts_with_different_flags_end_and_a_disk_that_one_cannot_read_ends_all(folder):
+    pair = Hosts(folder, "out", count=2, others=("--quality=80",))
+    assert pair.wait() == [Exit.USER_ERROR] * 2, pair.logs
+    assert all("quality: 95 in process 0, 80 in process 1" in log for log in pair.logs), pair.logs
+    (folder / "images").rename(folder / "elsewhere")
+    pair = Hosts(folder, "out", count=2)
+    assert pair.wait() == [Exit.USER_ERROR] * 2, pair.logs
+    assert "is not a folder" in pair.logs[0] and "process 0 stopped with an error" in pair.logs[1]
+    assert not any("Traceback" in log for log in pair.logs) and not (folder / "out.partial").exists()
