@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -229,6 +230,38 @@ class Signals:
         os.write(2, f"\n{signal.Signals(number).name}: saving, then stopping{again}\n".encode())
         if self._shared:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 end the process with `Exit.PREEMPTED`, for jobs that keep what is finished as they go.
+
+    A thread hears them, also while Python waits in a collective. To be entered after `distributed.start`, whose preemption
+    service would take SIGTERM for itself.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def listen() -> None:
+        while (number := os.read(reader, 1)[0]) != 0:
+            if number in (signal.SIGTERM, signal.SIGUSR1):
+                os.write(2, f"\n{signal.Signals(number).name}: stopped; give the same command again\n".encode())
+                os._exit(Exit.PREEMPTED)
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(writer)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        os.write(writer, b"\0")
+        thread.join()
+        os.close(reader)
+        os.close(writer)
 
 
 class Watchdog:

@@ -9,6 +9,7 @@ import time
 
 import launching
 import pytest
+from faults import harness
 from preparing import ROOT, command, content, make_folder
 
 from dip_jax.errors import Exit
@@ -81,18 +82,25 @@ def folder(tmp_path) -> pathlib.Path:
     return tmp_path
 
 
+def start_stuck(folder: pathlib.Path) -> Hosts:
+    """Two hosts, of which the second stops in its third shard, once the first has done its part and waits."""
+    pair = Hosts(folder, "some", count=2, last=24)
+    reports, journal = folder / "some.partial" / "reports", folder / "journal-some-1"
+    end = time.monotonic() + 300
+    while len(list(reports.rglob("*.json"))) < 7 or journal.stat().st_size < 25:  # five shards, and two
+        assert time.monotonic() < end and [p.poll() for p in pair.processes] == [None] * 2, pair.logs
+        time.sleep(0.05)
+    return pair
+
+
 def test_killed_and_given_again_the_bytes_are_those_of_one_host(folder):
-    """The second host stops in its third shard and is killed when the first has done its part; two, then three go on."""
+    """The second host is killed in its third shard, when the first has done its part; two, then three go on."""
     accepted = ("--max_rejected=0.1",)
     one = Hosts(folder, "one", count=1, flags=accepted)
     assert one.wait() == [Exit.DONE], one.logs
 
-    pair = Hosts(folder, "some", count=2, last=24)
-    shards, reports = (folder / "some.partial" / name for name in ("dataset", "reports"))
-    end = time.monotonic() + 300
-    while len(list(reports.rglob("*.json"))) < 7 or (folder / "journal-some-1").stat().st_size < 25:  # five, and two
-        assert time.monotonic() < end and [p.poll() for p in pair.processes] == [None] * 2, pair.logs
-        time.sleep(0.05)
+    pair = start_stuck(folder)
+    shards = folder / "some.partial" / "dataset"
     pair.processes[1].send_signal(signal.SIGKILL)
     assert pair.wait()[0] != Exit.DONE and not (folder / "some").exists(), pair.logs
     stamps = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
@@ -107,6 +115,22 @@ def test_killed_and_given_again_the_bytes_are_those_of_one_host(folder):
     assert three.wait() == [Exit.DONE] * 3, three.logs
     assert content(folder / "some") == content(folder / "one") and not (folder / "some.partial").exists()
     assert "80 train images" in three.logs[0] and not any("images" in log for log in three.logs[1:])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_told_to_stop_all_end_at_once(folder, number):
+    """The first waits for the other in a collective; its writers are gone too."""
+    pair = start_stuck(folder)
+    writers = [pid for process in pair.processes for pid in harness.descendants(process.pid)]
+    for process in pair.processes:
+        process.send_signal(number)
+    begin = time.monotonic()
+    assert pair.wait() == [Exit.PREEMPTED] * 2, pair.logs
+    assert all(f"{number.name}: stopped; give the same command again" in log for log in pair.logs)
+    print(f"{number.name}: both ended after {time.monotonic() - begin:.1f} s")
+    while any(map(harness.lives, writers)):
+        assert time.monotonic() < begin + 60
+        time.sleep(0.05)
 
 
 def test_hosts_with_different_flags_end_and_a_disk_that_one_cannot_read_ends_all(folder):

@@ -132,7 +132,8 @@ def run(flags: absl_flags.FlagValues) -> None:
     if (flags.workdir is None) == (flags.samples is None):
         raise UserError("name one of --samples=FILE.npz and --workdir=DIR")
     distributed.start()
-    with jax.default_matmul_precision("highest" if flags.precision == "highest" else None):
+    precision = "highest" if flags.precision == "highest" else None
+    with guard.stopping_at_once(), jax.default_matmul_precision(precision):
         try:
             _judge_workdir(flags) if flags.workdir else distributed.on_main(lambda: _judge_file(flags))
         except KeyboardInterrupt:

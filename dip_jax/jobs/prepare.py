@@ -27,7 +27,7 @@ from typing import Any
 import PIL
 from absl import flags as absl_flags
 
-from dip_jax import command_line, distributed
+from dip_jax import command_line, distributed, guard
 from dip_jax.data import images, shards, sources, writing
 from dip_jax.errors import Exit, Interrupted, UserError
 
@@ -72,16 +72,17 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 def run(flags: absl_flags.FlagValues) -> None:
     """The command."""
     distributed.start(computes=False)
-    summary = prepare(
-        flags.source,
-        root=flags["from"].value,
-        out=flags.out,
-        image_size=flags.image_size,
-        encoding=flags.encoding,
-        quality=flags.quality,
-        processes=flags.processes,
-        max_rejected=flags.max_rejected,
-    )
+    with guard.stopping_at_once():
+        summary = prepare(
+            flags.source,
+            root=flags["from"].value,
+            out=flags.out,
+            image_size=flags.image_size,
+            encoding=flags.encoding,
+            quality=flags.quality,
+            processes=flags.processes,
+            max_rejected=flags.max_rejected,
+        )
     if summary is None:
         return
     kept, lost = sum(summary.records.values()), len(summary.rejected)

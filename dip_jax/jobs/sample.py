@@ -97,6 +97,11 @@ def run(flags: absl_flags.FlagValues) -> None:
     if flags.out is None:
         raise UserError("--out is missing: FILE.png, FILE.npz or a directory")
     distributed.start()
+    with guard.stopping_at_once():
+        _sample(flags)
+
+
+def _sample(flags: absl_flags.FlagValues) -> None:
     for picture in (flags.out, flags.trajectory):
         if picture and picture.endswith(".png"):
             sample_files.require_folder(guard.absolute(picture).parent)
