@@ -134,9 +134,9 @@ def test_told_to_stop_all_end_at_once(folder, number):
 
 
 def test_hosts_with_different_flags_end_and_a_disk_that_one_cannot_read_ends_all(folder):
-    pair = Hosts(folder, "out", count=2, others=("--quality=80",))
+    pair = Hosts(folder, "out", count=2, others=("--max_rejected=0.1",))
     assert pair.wait() == [Exit.USER_ERROR] * 2, pair.logs
-    assert all("quality: 95 in process 0, 80 in process 1" in log for log in pair.logs), pair.logs
+    assert all("max_rejected: 0.001 in process 0, 0.1 in process 1" in log for log in pair.logs), pair.logs
     (folder / "images").rename(folder / "elsewhere")
     pair = Hosts(folder, "out", count=2)
     assert pair.wait() == [Exit.USER_ERROR] * 2, pair.logs
