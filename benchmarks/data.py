@@ -2,27 +2,32 @@
 
     python benchmarks/data.py --what=read      Pillow alone (the ceiling), our pipeline with 0, 1, 2 workers, stored crops
     python benchmarks/data.py --what=scale     1.28 million records: start, resume at step 700,000, memory over 10,000 batches
-    python benchmarks/data.py --what=step --config=configs/demo.py --data=DATASET_DIR
-                                               step time with real data against a constant batch, on whatever jax finds
+    python benchmarks/data.py --what=step      step time with real data against a constant batch, on whatever jax finds:
+                                               --config=FILE --batch=N, photographs in three encodings or --data=DIR
 
 Every rate is images per second of CPU time (user + system, workers included), so that it does not depend on what else the
-machine does: times the cores of a host it is what that host can feed. Results go to benchmarks/results/data_*.json.
+machine does: times the cores of a host it is what that host can feed. So is a step's time on a CPU, where reading takes from
+the step what it uses; on an accelerator it is wall time. Results go to benchmarks/results/data_*.json.
 """
 
+import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
 import pathlib
-import platform
 import resource
 import runpy
 import shutil
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 
 import jax
+import measuring
 import numpy as np
 import PIL
 from absl import app, flags
@@ -35,14 +40,15 @@ from dip_jax.models.dip import from_config
 from dip_jax.step import compile_train_step
 
 WHAT = flags.DEFINE_enum("what", "read", ["read", "scale", "step"], "which benchmark")
-IMAGES = flags.DEFINE_integer("images", 400, "photographs for --what=read")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "how often --what=read takes every rate, in turns")
+IMAGES = flags.DEFINE_integer("images", 400, "photographs for --what=read and step")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "how often --what=read and step take every figure, in turns")
 RECORDS = flags.DEFINE_integer("records", 1_281_167, "records for --what=scale")
 BATCHES = flags.DEFINE_integer("batches", 10_000, "batches of 256 for --what=scale")
-STEPS = flags.DEFINE_integer("steps", 60, "measured steps for --what=step")
-DATA = flags.DEFINE_string("data", "", "dataset directory for --what=step")
+STEPS = flags.DEFINE_integer("steps", 20, "steps at a time for --what=step")
+BATCH = flags.DEFINE_integer("batch", None, "batch size for --what=step instead of the config's")
+DATA = flags.DEFINE_string("data", "", "dataset directory for --what=step instead of photographs")
 CONFIG = flags.DEFINE_string("config", "configs/demo.py", "config for --what=step")
-OUT = flags.DEFINE_string("out", "benchmarks/results", "folder of the results")
+OUT = flags.DEFINE_string("out", None, "folder of the results instead of benchmarks/results")
 SIZE = 256
 
 
@@ -54,6 +60,17 @@ def cpu_seconds() -> float:
         fields = pathlib.Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
         total += (int(fields[11]) + int(fields[12])) / ticks
     return total
+
+
+def settle() -> float:
+    """Waits until all that is read ahead has been read; the CPU time then."""
+    before = cpu_seconds()
+    while True:
+        time.sleep(0.3)
+        now = cpu_seconds()
+        if now - before < 0.02:
+            return now
+        before = now
 
 
 def make_photographs(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
@@ -86,27 +103,32 @@ def rate_of_pipeline(folder: pathlib.Path, count: int, *, num_workers: int) -> f
     dataset = pipeline.open_dataset(folder, image_size=SIZE)
     data = config.Data(batch_size=16, num_workers=num_workers, num_threads=2)
     stream = iter(pipeline.host_batches(dataset, data, rows=range(16), seed=0))
-    for _ in range(12):  # workers have started, buffers are full: as much is read as is taken from here on
-        next(stream)
-    started = cpu_seconds()
+    next(stream)  # starts threads and workers
+    started = settle()  # buffers are full now and when it ends: as much is read as is taken
     for _ in range(count // 16):
         next(stream)
-    rate = count // 16 * 16 / (cpu_seconds() - started)
+    rate = count // 16 * 16 / (settle() - started)
     stream.close()
     return rate
 
 
-def read(scratch: pathlib.Path) -> dict:
+def write_encodings(scratch: pathlib.Path, encodings: Sequence[str], size: int) -> dict[str, pathlib.Path]:
+    """The photographs as a dataset in each encoding."""
+    folders = {encoding: scratch / encoding for encoding in encodings}
+    for encoding, folder in folders.items():
+        prepare.prepare("folder", root=os.fspath(scratch / "photographs"), out=folder, image_size=size, encoding=encoding)
+    return folders
+
+
+def read(scratch: pathlib.Path) -> list[dict]:
     """Rates of reading, per core; the variants take turns, so that a busy machine slows them alike."""
     files = make_photographs(scratch / "photographs", IMAGES.value)
     size = sum(path.stat().st_size for path in files) / len(files)
-    rates = {f"Pillow alone ({size / 1024:.0f} KiB JPEG, 500x375 -> {SIZE})": lambda: rate_of_pillow(files)}
-    for encoding in ("original", "jpeg", "png", "webp", "raw"):
-        folder = scratch / encoding
-        prepare.prepare("folder", root=os.fspath(scratch / "photographs"), out=folder, image_size=SIZE, encoding=encoding)
+    rates = {f"Pillow alone, 500x375 -> {SIZE} ({size / 1024:.0f} KiB)": lambda: rate_of_pillow(files)}
+    for encoding, folder in write_encodings(scratch, ("original", "jpeg", "webp", "png", "raw"), SIZE).items():
         stored = sum(shard.bytes for shard in shards.read_info(folder).shards) / len(files)
         for workers in (0, 1, 2) if encoding == "original" else (0,):
-            name = f"pipeline, {encoding} ({stored / 1024:.0f} KiB each), {workers} workers"
+            name = f"pipeline, {encoding} ({stored / 1024:.0f} KiB), {workers} workers"
             rates[name] = functools.partial(rate_of_pipeline, folder, len(files), num_workers=workers)
     measured = {name: [] for name in rates}
     for _ in range(ROUNDS.value):
@@ -114,18 +136,17 @@ def read(scratch: pathlib.Path) -> dict:
             measured[name].append(rate())
     rows, ceiling = [], next(iter(measured.values()))
     for name, values in measured.items():
-        value = statistics.median(values)
-        share = statistics.median(rate / alone for rate, alone in zip(values, ceiling, strict=True))  # of one round each
-        rows.append(
-            {
-                "what": name,
-                "images_per_core_second": round(value, 1),
-                "of_ceiling": round(share, 2),
-                "steps_per_second_at_batch_256_fed_by_16_cores": round(value * 16 / 256, 1),
-            }
-        )
-        print(f"{name:56} {value:7.0f} images/s/core  {share:6.2f} x Pillow")
-    return {"rows": rows}
+        shares = sorted(rate / alone for rate, alone in zip(values, ceiling, strict=True))  # of one round each
+        row = {
+            "what": name,
+            "images_per_core_second": round(statistics.median(values), 1),
+            "of_ceiling": round(statistics.median(shares), 3),
+            "of_ceiling_low_high": [round(shares[0], 3), round(shares[-1], 3)],
+            "steps_per_second_at_batch_256_fed_by_16_cores": round(statistics.median(values) * 16 / 256, 1),
+        }
+        print(f"{name:50} {row['images_per_core_second']:7.0f} images/s/core {row['of_ceiling']:6.2f} x Pillow")
+        rows.append(row)
+    return rows
 
 
 def write_tiny(folder: pathlib.Path, count: int) -> None:
@@ -142,7 +163,7 @@ def write_tiny(folder: pathlib.Path, count: int) -> None:
     (folder / shards.DATASET_FILE).write_text(info.to_json())
 
 
-def scale(scratch: pathlib.Path) -> dict:
+def scale(scratch: pathlib.Path) -> list[dict]:
     """Start-up, resume and memory with a million records."""
     write_tiny(scratch / "tiny", RECORDS.value)
     data = config.Data(batch_size=256)
@@ -165,52 +186,58 @@ def scale(scratch: pathlib.Path) -> dict:
     result["resident_mib_along_the_way"] = memory
     stream.close()
     print(json.dumps(result, indent=1))
-    return result
+    return [result]
 
 
-def step(scratch: pathlib.Path) -> dict:
+def step(scratch: pathlib.Path) -> list[dict]:
     """Median step time with a constant batch and with real data, in turns, so that both see the same machine."""
-    del scratch
     settings = config.from_config_dict(runpy.run_path(CONFIG.value)["get_config"]())
-    data, size = settings.data, settings.model.image_size
+    data = dataclasses.replace(settings.data, batch_size=BATCH.value or settings.data.batch_size)
+    datasets = list(open_datasets(scratch, settings.model.image_size[0]))
+    num_classes = datasets[0].num_classes
     mesh = sharding.make_mesh(settings.mesh)
     with jax.set_mesh(mesh), sharding.use_rules(settings.mesh.rules):
-        model = from_config(settings.model)
+        model = from_config(dataclasses.replace(settings.model, num_classes=num_classes))
         optimizer = optim.make_optimizer(settings.optim, total_steps=settings.train.steps)
         shardings = state.state_shardings(model, optimizer, mesh, zero1=settings.mesh.zero1)
         train_step = compile_train_step(model, optimizer, shardings, mesh, objective=settings.flow, optim=settings.optim)
         carry, key = state.init_sharded(model, optimizer, 0, shardings), jax.random.key(0)
-        dataset = pipeline.open_dataset(DATA.value or data.path, image_size=size[0], source=data.source)
-        batches = pipeline.batches(dataset, data, mesh=mesh, image_size=size, num_classes=settings.model.num_classes, seed=0)
-        constant = next(batches)
-        batches.close()
-
-        def seconds(carry, next_batch) -> tuple:
-            times = []
-            for _ in range(STEPS.value):
-                began = time.perf_counter()
-                carry, metrics = train_step(carry, next_batch(), key)
+        where = {"mesh": mesh, "image_size": settings.model.image_size, "num_classes": num_classes, "seed": 0}
+        streams = {dataset.info.encoding: pipeline.batches(dataset, data, **where) for dataset in datasets}
+        constant = itertools.repeat(next(next(iter(streams.values()))))
+        seconds = {name: [] for name in ("constant", *streams)}
+        for turn in range(ROUNDS.value + 1):
+            for name, values in seconds.items():
+                cpu, wall = settle(), time.perf_counter()
+                for _ in range(STEPS.value):
+                    carry, metrics = train_step(carry, next(streams.get(name, constant)), key)
                 jax.block_until_ready(metrics)
-                times.append(time.perf_counter() - began)
-            return carry, statistics.median(times)
+                wall = time.perf_counter() - wall
+                if turn:  # the first compiles
+                    values.append((settle() - cpu if measuring.on_cpu() else wall) / STEPS.value)
+        for stream in streams.values():
+            stream.close()
+    return [step_row(name, values, seconds["constant"], batch=data.batch_size) for name, values in seconds.items()]
 
-        carry, _ = seconds(carry, lambda: constant)  # compiles
-        rounds = {"constant": [], "real": []}
-        for _ in range(5):
-            carry, value = seconds(carry, lambda: constant)
-            rounds["constant"].append(value)
-            batches = pipeline.batches(
-                dataset, data, mesh=mesh, image_size=size, num_classes=settings.model.num_classes, seed=0
-            )
-            carry, value = seconds(carry, functools.partial(next, batches))
-            rounds["real"].append(value)
-            batches.close()
-    result = {f"{name}_ms": round(1e3 * statistics.median(values), 2) for name, values in rounds.items()}
-    result["slower_by"] = round(result["real_ms"] / result["constant_ms"] - 1, 4)
-    result |= {"config": CONFIG.value, "batch_size": data.batch_size, "encoding": dataset.info.encoding}
-    result["device"] = str(jax.devices()[0].device_kind)
-    print(json.dumps(result, indent=1))
-    return result
+
+def open_datasets(scratch: pathlib.Path, size: int) -> Iterator[pipeline.Dataset]:
+    """The dataset that is asked for, or photographs in three encodings."""
+    if DATA.value:
+        folders = [DATA.value]
+    else:
+        make_photographs(scratch / "photographs", IMAGES.value)
+        folders = write_encodings(scratch, ("original", "jpeg", "raw"), size).values()
+    for folder in folders:
+        yield pipeline.open_dataset(folder, image_size=size)
+
+
+def step_row(name: str, values: Sequence[float], constant: Sequence[float], *, batch: int) -> dict:
+    """What the step takes with this source, and how much more than with a constant batch in the same round."""
+    slower = sorted(value / alone - 1 for value, alone in zip(values, constant, strict=True))
+    row = {"source": name, "batch": batch, "milliseconds": round(1e3 * statistics.median(values), 2)}
+    row |= {"slower_by": round(statistics.median(slower), 4), "low_high": [round(slower[0], 4), round(slower[-1], 4)]}
+    print(f"{name:10} {row['milliseconds']:9.2f} ms per step of {batch} images, {100 * row['slower_by']:+.1f} %")
+    return row
 
 
 def resident_mib() -> float:
@@ -218,24 +245,16 @@ def resident_mib() -> float:
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
-def machine() -> dict:
-    """What the numbers were measured on."""
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    versions = {"python": platform.python_version(), "pillow": PIL.__version__, "jax": jax.__version__}
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), **versions}
-
-
 def main(_) -> None:
     """Runs one benchmark and writes its result."""
     scratch = pathlib.Path(tempfile.mkdtemp())
     try:
-        result = {"read": read, "scale": scale, "step": step}[WHAT.value](scratch)
+        rows = {"read": read, "scale": scale, "step": step}[WHAT.value](scratch)
     finally:
         shutil.rmtree(scratch)
-    out = pathlib.Path(OUT.value) / f"data_{WHAT.value}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    settings = {flag.name: flag.value for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]] if flag.name != "out"}
+    out = pathlib.Path(OUT.value) / f"data_{WHAT.value}.json" if OUT.value else None
+    measuring.save(f"data_{WHAT.value}", {**settings, "pillow": PIL.__version__}, rows, out=out)
 
 
 if __name__ == "__main__":
