@@ -34,6 +34,9 @@ from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
 from dip_jax.typing import Params
 
+_FILE_BYTES = 2**26  # one file is hashed by one core: many of middling size keep all cores busy
+_ITEMS_UNREAD = {"ema": ("state",), "raw": ("ema",), "initial": ("state", "ema")}  # by weights of `load`
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -113,8 +116,7 @@ class Checkpoints:
         Raises:
             UserError: if names, shapes or dtypes differ from the target, listing leaves.
         """
-        state, ema = _split(target)
-        return target.replace(**_read(found.path / "state", state), ema=_read(found.path / "ema", ema))
+        return target.replace(**_read(found.path / "state", _state(target)), ema=_read(found.path / "ema", target.ema))
 
     def save(self, step: int, state: Any, record: Record) -> None:
         """Starts a save and returns once the arrays are copied off the devices. Does nothing where the step exists.
@@ -126,11 +128,9 @@ class Checkpoints:
         self.wait()
         if (self.root / str(step)).exists():
             return
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        guard.require_space(self.root, int(1.1 * size))
+        guard.require_space(self.root, int(1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))))
         self._current = self.root / str(step)
-        tree, ema = _split(state)
-        items = {"state": ocp.args.PyTreeSave(tree), "ema": ocp.args.PyTreeSave(ema), "config": _config_item(record)}
+        items = {"state": _arrays_item(_state(state)), "ema": _arrays_item(state.ema), "config": _config_item(record)}
         try:
             self._writer.save(self._current, args=ocp.args.Composite(**items))
         except OSError as error:
@@ -187,7 +187,7 @@ def load(path: epath.PathLike, *, weights: str = "ema", verify: bool = True) -> 
         path: a workdir (its newest undamaged step is used), a step directory, or what `convert` wrote.
         weights: "ema" (what samples are drawn from), "raw" (the last update), or "initial" (step 0, made anew from the
             seed and `train.init_from`).
-        verify: check the SHA-256 manifest first.
+        verify: check by the SHA-256 manifest what will be read, first.
 
     Returns:
         The model, and a nested dict of float32 arrays.
@@ -196,9 +196,9 @@ def load(path: epath.PathLike, *, weights: str = "ema", verify: bool = True) -> 
         UserError: if there is no checkpoint, it is damaged, or it lacks the weights asked for.
     """
     quiet.quieten_orbax()
-    if weights not in ("ema", "raw", "initial"):
-        raise UserError(f"weights={weights!r} is unknown: it is one of ema, raw, initial")
-    path = steps.find(path, verify=verify, report=distributed.say)
+    if weights not in _ITEMS_UNREAD:
+        raise UserError(f"weights={weights!r} is unknown: it is one of {', '.join(_ITEMS_UNREAD)}")
+    path = steps.find(path, verify=verify, report=distributed.say, unread=_ITEMS_UNREAD[weights])
     record = read_record(path)
     model = dip.from_config(record.config.model)
     if weights == "initial":
@@ -240,14 +240,18 @@ def write_weights(workdir: epath.PathLike, params: Params, *, config: Config, st
     if path.exists():
         raise UserError(f"{path} exists already: choose another output directory")
     with _async_writer(lambda: steps.write_manifest(path)) as writer:
-        items = {"ema": ocp.args.PyTreeSave(params), "config": _config_item(Record(config, {}))}
+        items = {"ema": _arrays_item(params), "config": _config_item(Record(config, {}))}
         writer.save(path, args=ocp.args.Composite(**items))
     return path
 
 
-def _split(state: Any) -> tuple[dict[str, Any], Any]:
-    """The items `state` and `ema` of a `TrainState`."""
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}, state.ema
+def _state(state: Any) -> dict[str, Any]:
+    """The item `state` of a `TrainState`: all but the average."""
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _arrays_item(tree: Any) -> ocp.args.PyTreeSave:
+    return ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=_FILE_BYTES)
 
 
 def _config_item(record: Record) -> ocp.args.JsonSave:

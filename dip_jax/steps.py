@@ -26,7 +26,7 @@ UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is being writ
 COMMIT = "commit_success.txt"  # the marker, by Orbax
 LATE = (COMMIT, "_CHECKPOINT_METADATA")  # Orbax writes these after the manifest; no restore reads them
 _NUMBER = re.compile(r"0|[1-9]\d*")
-_CHUNK = 2**22
+_CHUNK = 2**20  # small enough to stay in the core's cache between reading and hashing
 
 
 def complete(root: epath.Path) -> list[int]:
@@ -40,10 +40,12 @@ def _committed(path: epath.Path) -> bool:
     return guard.is_local(path) or (path / COMMIT).exists()
 
 
-def newest(root: epath.Path, *, verify: bool, on_damage: Callable[[int, str], None]) -> int | None:
+def newest(
+    root: epath.Path, *, verify: bool, on_damage: Callable[[int, str], None], unread: Collection[str] = ()
+) -> int | None:
     """The newest undamaged step; `on_damage(step, fault)` is called for each damaged one before it."""
     for step in reversed(complete(root)):
-        fault = damage(root / str(step)) if verify else None
+        fault = damage(root / str(step), unread=unread) if verify else None
         if fault is None:
             return step
         on_damage(step, fault)
@@ -117,8 +119,14 @@ def clean(root: epath.Path, *, unfinished: bool = True) -> None:
             path.rmtree()
 
 
-def find(path: epath.PathLike, *, verify: bool, report: Callable[[str], None]) -> epath.Path:
+def find(path: epath.PathLike, *, verify: bool, report: Callable[[str], None], unread: Collection[str] = ()) -> epath.Path:
     """The step directory that a workdir, its `checkpoints` directory or a step directory stands for. Changes nothing on disk.
+
+    Args:
+        path: any of these.
+        verify: check the manifest.
+        report: called with one line for each damaged step that is passed over.
+        unread: items that the caller will not read, and that need no check.
 
     Raises:
         UserError: if there is none, or none is undamaged.
@@ -128,7 +136,7 @@ def find(path: epath.PathLike, *, verify: bool, report: Callable[[str], None]) -
     if not _is_dir(path):
         raise UserError(f"{path} {foreign.describe(path) if path.exists() else 'is no directory'}: {wanted}")
     if (path / "config").is_dir() or (path / MANIFEST).exists():
-        if verify and (fault := damage(path)):
+        if verify and (fault := damage(path, unread=unread)):
             raise UserError(f"{path} is damaged ({fault}): use another step of the same workdir")
         return path
     root = path / ROOT if (path / ROOT).is_dir() else path
@@ -138,6 +146,7 @@ def find(path: epath.PathLike, *, verify: bool, report: Callable[[str], None]) -
         root,
         verify=verify,
         on_damage=lambda step, fault: report(f"checkpoint {step} is damaged ({fault}): using the one before"),
+        unread=unread,
     )
     if step is None:
         raise UserError(f"every checkpoint under {root} is damaged")
@@ -151,12 +160,18 @@ def _is_dir(path: epath.Path) -> bool:
         raise UserError(f"{path} lies in a bucket, and reading those needs another package: pip install gcsfs") from error
 
 
-def damage(path: epath.Path) -> str | None:
-    """What is wrong with a step by its manifest, in a few words; None where every file is as it was written."""
+def damage(path: epath.Path, *, unread: Collection[str] = ()) -> str | None:
+    """What is wrong with a step by its manifest, in a few words; None where every file is as it was written.
+
+    Args:
+        path: the step directory.
+        unread: items that need no check, because nobody will read them.
+    """
     try:
         lines = (path / MANIFEST).read_text().splitlines()
         expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        actual = _digests(path)
+        expected = {name: digest for name, digest in expected.items() if name.split("/")[0] not in unread}
+        actual = _digests(path, unread=unread)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except OSError as error:
@@ -181,9 +196,10 @@ def write_manifest(path: epath.Path) -> None:
     guard.write_text(path / MANIFEST, "".join(lines))
 
 
-def _digests(path: epath.Path) -> dict[str, str]:
-    """SHA-256 of every file below, by relative name; in parallel."""
-    names = [name for name in _files(path) if name not in (MANIFEST, *LATE)]
+def _digests(path: epath.Path, *, unread: Collection[str] = ()) -> dict[str, str]:
+    """SHA-256 of every file below, by relative name; in parallel, the largest first, so that no core is left with it alone."""
+    names = [name for name in _files(path) if name not in (MANIFEST, *LATE) and name.split("/")[0] not in unread]
+    names.sort(key=lambda name: (path / name).stat().length, reverse=True)
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(lambda name: _sha256(path / name), names), strict=True))
 
@@ -197,8 +213,8 @@ def _files(path: epath.Path, prefix: str = "") -> Iterator[str]:
 
 
 def _sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()

@@ -268,6 +268,9 @@ def test_load_passes_over_damage_and_changes_nothing(copy, trained, capsys):
     assert same(checkpoint.load(copy)[1], trained.ema)
     assert "checkpoint 4 is damaged" in capsys.readouterr().err
     assert harness.files_of(copy) == before
+    harness.flip_bit(copy / "checkpoints" / "2" / "state" / "manifest.ocdbt", random.Random(1))  # not read, not checked
+    assert same(checkpoint.load(copy)[1], trained.ema)
+    assert "state" in steps.damage(epath.Path(copy / "checkpoints" / "2"))
     with pytest.raises(UserError, match="is damaged"):
         checkpoint.load(copy / "checkpoints" / "4")
 
