@@ -204,6 +204,15 @@ def check_curve(workdir: pathlib.Path, reference: pathlib.Path) -> None:
     assert steps == [str(row["step"]) for row in actual]
 
 
+def check_losses(workdir: pathlib.Path, reference: pathlib.Path) -> float:
+    """Asserts the steps of the reference and its losses within 1e-5, as other devices allow; returns the worst difference."""
+    expected, actual = curve(reference), curve(workdir)
+    assert [row["step"] for row in actual] == [row["step"] for row in expected]
+    worst = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(actual, expected, strict=True))
+    assert worst <= 1e-5, worst
+    return worst
+
+
 def descendants(pid: int) -> list[int]:
     """Children of a process, their children, and so on."""
     tasks = pathlib.Path(f"/proc/{pid}/task").iterdir()
