@@ -112,10 +112,25 @@ def test_mapped_head_is_the_head_of_one_patch(head):
     model = small(head=head).config
     params = {"params": random_params(head=head)["head"]}
     p, s, t_emb = head_inputs(small(head=head))
-    mapped = jax.jit(placement.map_head(model, name="head").apply)(params, p, s, t_emb)
+    mapped = jax.jit(placement.MappedHead(model, name="head").apply)(params, p, s, t_emb)
     one = jax.jit(HEADS[head](model).apply)
     for b, n in [(0, 0), (1, 1)]:
         np.testing.assert_allclose(one(params, p[b, n], s[b, n], t_emb[b]), mapped[b, n], atol=2e-6, rtol=1e-5)
+
+
+def test_groups_of_patches_change_neither_output_nor_gradients(monkeypatch):
+    model, params = small(head="unet").config, random_params(head="unet")["head"]
+    inputs = head_inputs(small(head="unet"))
+
+    def run(size):
+        monkeypatch.setattr(placement, "GROUP_BYTES", size)
+        apply = placement.MappedHead(model).apply
+        assert placement.count_groups(model, images=len(inputs[0]), patches=inputs[0].shape[1]) == (2 if size == 1 else 1)
+        return jax.value_and_grad(lambda params, *inputs: weighted(apply({"params": params}, *inputs)), (0, 1, 2))(
+            params, *inputs
+        )
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-5), run(1), run(2**40))
 
 
 @pytest.mark.parametrize("head", REAL_HEADS)
