@@ -11,33 +11,53 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 DENSE_SIDE = 2  # largest input map that is multiplied densely
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 # Along one axis, parity a of the output meets the taps (0, 1, 2) merged into two: rows are the two merged taps.
-_PARITY_TAPS = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
+_PARITY_TAPS = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
+
+Taps = tuple[tuple[tuple[int, ...], ...], ...]  # [p, q, 3] of zeros and ones; a tuple, so that it can be a static argument
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _combine(kernel: jax.Array, chosen: Taps) -> jax.Array:
+    """kernel [3, ...], chosen [p, q, 3] of zeros and ones -> [p, q, ...]: the sums of the chosen taps.
+
+    Made of slices and sums, but differentiated as a product: on a CPU each is the quicker of the two (`docs/performance.md`).
+    """
+
+    def add(taps: tuple[int, ...]) -> jax.Array:
+        return functools.reduce(jnp.add, [kernel[a] for a in range(3) if taps[a]] or [jnp.zeros_like(kernel[0])])
+
+    return jnp.stack([jnp.stack([add(taps) for taps in row]) for row in chosen])
+
+
+@_combine.defjvp
+def _combine_jvp(chosen: Taps, kernel: tuple[jax.Array], tangent: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    weights = jnp.asarray(chosen, tangent[0].dtype)
+    return _combine(*kernel, chosen), jnp.tensordot(weights, *tangent, axes=1)
 
 
 @functools.cache
-def _selection(side: int, scale: int) -> np.ndarray:
+def _selection(side: int, scale: int) -> Taps:
     """S[i, k, a] = 1 where tap a of output row k reads input row i, for an input of `side` rows upsampled by `scale`."""
     out = side * scale
-    chosen = np.zeros((side, out, 3), np.float32)
-    for k in range(out):
-        for a in range(3):
-            if 0 <= k + a - 1 < out:
-                chosen[(k + a - 1) // scale, k, a] = 1
-    return chosen
+
+    def reads(i: int, k: int, a: int) -> bool:
+        return 0 <= k + a - 1 < out and (k + a - 1) // scale == i
+
+    return tuple(tuple(tuple(int(reads(i, k, a)) for a in range(3)) for k in range(out)) for i in range(side))
 
 
 def _dense(x: jax.Array, kernel: jax.Array, scale: int) -> jax.Array:
     side, out, features = x.shape[0], x.shape[0] * scale, kernel.shape[-1]
-    chosen = jnp.asarray(_selection(side, scale), kernel.dtype)
-    rows = jnp.einsum("jlb,abco->ajclo", chosen, kernel)
-    matrix = jnp.einsum("ika,ajclo->ijcklo", chosen, rows).reshape(x.size, out * out * features)
+    chosen = _selection(side, scale)
+    rows = _combine(kernel, chosen)  # [i, k, b, I, O]
+    matrix = _combine(jnp.moveaxis(rows, 2, 0), chosen)  # [j, l, i, k, I, O]
+    matrix = matrix.transpose(2, 0, 4, 3, 1, 5).reshape(x.size, out * out * features)
     return (x.reshape(-1) @ matrix.astype(x.dtype)).reshape(out, out, features)
 
 
@@ -59,8 +79,8 @@ def convolve_upsampled(x: jax.Array, kernel: jax.Array, *, method: str) -> jax.A
         return convolve(jax.image.resize(x, (2 * side, 2 * side, x.shape[-1]), "bilinear"), kernel)
     if side <= DENSE_SIDE:
         return _dense(x, kernel, 2)
-    taps = jnp.asarray(_PARITY_TAPS, kernel.dtype)
-    merged = jnp.einsum("pta,qub,abio->pqtuio", taps, taps, kernel)
+    rows = _combine(kernel, _PARITY_TAPS)  # [p, t, b, I, O]
+    merged = _combine(jnp.moveaxis(rows, 2, 0), _PARITY_TAPS).transpose(2, 0, 3, 1, 4, 5)  # [p, q, t, u, I, O]
     parts = [[_conv(x, merged[a, b], ((1 - a, a), (1 - b, b))) for b in (0, 1)] for a in (0, 1)]
     rows = [jnp.stack(row, axis=2) for row in parts]  # [r, r, 2, O]: columns interleave
     return jnp.stack(rows, axis=1).reshape(2 * side, 2 * side, kernel.shape[-1])
