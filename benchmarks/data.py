@@ -11,7 +11,6 @@ the step what it uses; on an accelerator it is wall time. Results go to benchmar
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import multiprocessing
@@ -23,6 +22,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
@@ -49,7 +49,7 @@ BATCH = flags.DEFINE_integer("batch", None, "batch size for --what=step instead 
 DATA = flags.DEFINE_string("data", "", "dataset directory for --what=step instead of photographs")
 CONFIG = flags.DEFINE_string("config", "configs/demo.py", "config for --what=step")
 OUT = flags.DEFINE_string("out", None, "folder of the results instead of benchmarks/results")
-SIZE = 256
+SIZE, SLICE = 256, 64  # pixels; images per turn
 
 
 def cpu_seconds() -> float:
@@ -63,14 +63,26 @@ def cpu_seconds() -> float:
 
 
 def settle() -> float:
-    """Waits until all that is read ahead has been read; the CPU time then."""
-    before = cpu_seconds()
-    while True:
-        time.sleep(0.3)
-        now = cpu_seconds()
-        if now - before < 0.02:
-            return now
-        before = now
+    """Waits until all that is read ahead has been read, every other thread asleep; the CPU time then, less its own."""
+    began, quiet, own = time.thread_time(), 0, (str(os.getpid()), str(threading.get_native_id()))
+    while quiet < 20:
+        time.sleep(0.01)
+        quiet = 0 if any(is_busy(task) for task in tasks() if (task.parent.parent.name, task.name) != own) else quiet + 1
+    return cpu_seconds() - (time.thread_time() - began)
+
+
+def tasks() -> Iterator[pathlib.Path]:
+    """The threads of this process and its living children, in /proc."""
+    for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+        yield from pathlib.Path(f"/proc/{pid}/task").iterdir()
+
+
+def is_busy(task: pathlib.Path) -> bool:
+    """Whether a thread runs, waits for a core or for the disk: a busy machine makes nobody look idle."""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] in "RD"
+    except OSError:  # it has just ended
+        return False
 
 
 def make_photographs(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
@@ -98,18 +110,21 @@ def rate_of_pillow(files: list[pathlib.Path]) -> float:
     return len(files) / (cpu_seconds() - started)
 
 
-def rate_of_pipeline(folder: pathlib.Path, count: int, *, num_workers: int) -> float:
+def rate_of_pipeline(stream: Iterator, count: int) -> float:
     """The host side of the pipeline: read, decode, crop, batch."""
-    dataset = pipeline.open_dataset(folder, image_size=SIZE)
-    data = config.Data(batch_size=16, num_workers=num_workers, num_threads=2)
-    stream = iter(pipeline.host_batches(dataset, data, rows=range(16), seed=0))
-    next(stream)  # starts threads and workers
-    started = settle()  # buffers are full now and when it ends: as much is read as is taken
+    settle()  # what is read ahead is full now and when it ends: as much is read as is taken
+    started = cpu_seconds()
     for _ in range(count // 16):
         next(stream)
-    rate = count // 16 * 16 / (settle() - started)
-    stream.close()
-    return rate
+    return count / (settle() - started)
+
+
+def open_stream(folder: pathlib.Path, *, num_workers: int) -> Iterator:
+    """Batches of 16, in their order of training; its threads and workers run."""
+    data = config.Data(batch_size=16, num_workers=num_workers, num_threads=2)
+    stream = iter(pipeline.host_batches(pipeline.open_dataset(folder, image_size=SIZE), data, rows=range(16), seed=0))
+    next(stream)
+    return stream
 
 
 def write_encodings(scratch: pathlib.Path, encodings: Sequence[str], size: int) -> dict[str, pathlib.Path]:
@@ -121,32 +136,42 @@ def write_encodings(scratch: pathlib.Path, encodings: Sequence[str], size: int) 
 
 
 def read(scratch: pathlib.Path) -> list[dict]:
-    """Rates of reading, per core; the variants take turns, so that a busy machine slows them alike."""
+    """Rates of reading, per core; each beside Pillow's just before it, so that a busy machine slows both alike."""
     files = make_photographs(scratch / "photographs", IMAGES.value)
-    size = sum(path.stat().st_size for path in files) / len(files)
-    rates = {f"Pillow alone, 500x375 -> {SIZE} ({size / 1024:.0f} KiB)": lambda: rate_of_pillow(files)}
+    streams = {}
     for encoding, folder in write_encodings(scratch, ("original", "jpeg", "webp", "png", "raw"), SIZE).items():
         stored = sum(shard.bytes for shard in shards.read_info(folder).shards) / len(files)
         for workers in (0, 1, 2) if encoding == "original" else (0,):
             name = f"pipeline, {encoding} ({stored / 1024:.0f} KiB), {workers} workers"
-            rates[name] = functools.partial(rate_of_pipeline, folder, len(files), num_workers=workers)
-    measured = {name: [] for name in rates}
-    for _ in range(ROUNDS.value):
-        for name, rate in rates.items():
-            measured[name].append(rate())
-    rows, ceiling = [], next(iter(measured.values()))
-    for name, values in measured.items():
-        shares = sorted(rate / alone for rate, alone in zip(values, ceiling, strict=True))  # of one round each
-        row = {
-            "what": name,
-            "images_per_core_second": round(statistics.median(values), 1),
-            "of_ceiling": round(statistics.median(shares), 3),
-            "of_ceiling_low_high": [round(shares[0], 3), round(shares[-1], 3)],
-            "steps_per_second_at_batch_256_fed_by_16_cores": round(statistics.median(values) * 16 / 256, 1),
-        }
-        print(f"{name:50} {row['images_per_core_second']:7.0f} images/s/core {row['of_ceiling']:6.2f} x Pillow")
-        rows.append(row)
-    return rows
+            streams[name] = open_stream(folder, num_workers=workers)
+    rates, alone = {name: [] for name in streams}, {name: [] for name in streams}
+    for turn in range(ROUNDS.value):
+        some = [files[(turn * SLICE + i) % len(files)] for i in range(SLICE)]
+        for name, stream in streams.items():
+            settle()
+            alone[name].append(rate_of_pillow(some))
+            rates[name].append(rate_of_pipeline(stream, SLICE))
+    for stream in streams.values():
+        stream.close()
+    size = sum(path.stat().st_size for path in files) / len(files)
+    ceiling = list(itertools.chain.from_iterable(alone.values()))
+    rows = [read_row(f"Pillow alone, 500x375 -> {SIZE} ({size / 1024:.0f} KiB)", ceiling, ceiling)]
+    return rows + [read_row(name, rates[name], alone[name]) for name in streams]
+
+
+def read_row(name: str, rates: Sequence[float], alone: Sequence[float]) -> dict:
+    """Medians and quartiles of the rates, and of their shares of Pillow's rate just before."""
+    shares = sorted(rate / other for rate, other in zip(rates, alone, strict=True))
+    quarter = len(shares) // 4
+    rate, share = statistics.median(rates), statistics.median(shares)
+    print(f"{name:50} {rate:7.0f} images/s/core {share:6.2f} x Pillow")
+    return {
+        "what": name,
+        "images_per_core_second": round(rate, 1),
+        "of_ceiling": round(share, 3),
+        "of_ceiling_quartiles": [round(shares[quarter], 3), round(shares[-1 - quarter], 3)],
+        "steps_per_second_at_batch_256_fed_by_16_cores": round(rate * 16 / 256, 1),
+    }
 
 
 def write_tiny(folder: pathlib.Path, count: int) -> None:
@@ -208,7 +233,8 @@ def step(scratch: pathlib.Path) -> list[dict]:
         seconds = {name: [] for name in ("constant", *streams)}
         for turn in range(ROUNDS.value + 1):
             for name, values in seconds.items():
-                cpu, wall = settle(), time.perf_counter()
+                settle()
+                cpu, wall = cpu_seconds(), time.perf_counter()
                 for _ in range(STEPS.value):
                     carry, metrics = train_step(carry, next(streams.get(name, constant)), key)
                 jax.block_until_ready(metrics)
