@@ -4,7 +4,8 @@
     python benchmarks/head.py --batch=64 --dtype=bfloat16 --rounds=20                      one call on a GPU
 
     naive    the plain definition (`tests/plain_unet.py`), vmapped over the patches
-    folded   what runs: `models/folding.py`, patches in the batch
+    folded   `models/folding.py`, patches in the batch: what runs on accelerators
+    grouped  folded, in groups of patches where they are many: what runs on a CPU (`models/placement.py`)
     remat    folded, its activations made again in the backward pass
     convs    folded, but the 1x1 and 2x2 levels as convolutions instead of dense products
     dense4   folded, dense products up to 4x4
@@ -29,9 +30,10 @@ from dip_jax import cost
 from dip_jax.models import folding
 from dip_jax.models.detailers import UNet, unet_depth
 from dip_jax.models.dip import build
+from dip_jax.models.placement import MappedHead
 
 DENSE = {"convs": 0, "dense4": 4}
-NAMES = ("naive", "folded", "remat", *DENSE)
+NAMES = ("naive", "folded", "grouped", "remat", *DENSE)
 
 
 def over_patches(head):
@@ -42,6 +44,8 @@ def formulation(name: str, model):
     """(params, p [B, N, P, P, 3], s [B, N, D], t_emb [B, D]) -> [B, N, P, P, 3], and how far products are dense in it."""
     if name == "naive":
         return over_patches(lambda params, p, s, t: plain_unet(params, p.astype(s.dtype), s, t, depth=unet_depth(model.config)))
+    if name == "grouped":
+        return lambda params, p, s, t: MappedHead(model.config).apply({"params": params}, p, s, t)
 
     def head(params, p, s, t):
         before, folding.DENSE_SIDE = folding.DENSE_SIDE, DENSE.get(name, folding.DENSE_SIDE)

@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     )
     config.data.update(path="datasets/photo_crops", source="photo_crops", batch_size=32, num_threads=2)
     config.checkpoint.update(every_steps=500, keep_last=2)
-    config.sample.update(steps=16, guidance=1.5, interval=(0.0, 0.5), batch_size=100)
+    config.sample.update(steps=16, guidance=3.0, interval=(0.0, 0.5), batch_size=100)
     config.eval.update(reference="datasets/photo_crops/validation", num_samples=500)
     config.train.update(steps=1700, log_every=50, sample_every=850)
     return config
