@@ -15,6 +15,7 @@ value: of the output, of the gradients. FLOPs are those of the folded head by fo
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 
@@ -45,7 +46,8 @@ def formulation(name: str, model):
     if name == "naive":
         return over_patches(lambda params, p, s, t: plain_unet(params, p.astype(s.dtype), s, t, depth=unet_depth(model.config)))
     if name == "grouped":
-        return lambda params, p, s, t: MappedHead(model.config).apply({"params": params}, p, s, t)
+        config = dataclasses.replace(model.config, head_remat=False)
+        return lambda params, p, s, t: MappedHead(config).apply({"params": params}, p, s, t)
 
     def head(params, p, s, t):
         before, folding.DENSE_SIDE = folding.DENSE_SIDE, DENSE.get(name, folding.DENSE_SIDE)
