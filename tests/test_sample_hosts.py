@@ -92,7 +92,7 @@ def test_any_number_of_hosts_gives_the_same_file_also_after_kills(nursery, workd
     stamps: dict[str, int] = {}
     killed = 0
     for hosts, point in ((2, 3), (1, 6)):
-        children = nursery.call("command", *sampling(workdir, shared), count=hosts)
+        children = nursery.call("command", *sampling(workdir, shared), count=hosts, fault="slow_samples")
         children[0].wait_for(lambda n=point: shared.exists() or (parts.exists() and len(list(parts.glob("0*"))) >= n), 600)
         for child in children:
             child.send(signal.SIGKILL)

@@ -144,9 +144,10 @@ class Nursery:
         request = {"config": to_dict(config), "workdir": str(workdir), "fault": fault, "options": options}
         return self._fork(request, environment or {})
 
-    def call(self, function: str, *arguments: object, count: int = 1, devices: int = 1) -> list[Child]:
+    def call(self, function: str, *arguments: object, count: int = 1, devices: int = 1, fault: str = "") -> list[Child]:
         """Starts `host_jobs.FUNCTION(*arguments)`, which returns an exit code, in `count` processes with `devices` each."""
-        request, common = {"function": f"host_jobs:{function}", "arguments": arguments}, {"XLA_FLAGS": flags(devices)}
+        request = {"function": f"host_jobs:{function}", "arguments": arguments, "fault": fault}
+        common = {"XLA_FLAGS": flags(devices)}
         if count == 1:
             return [self._fork(request, common)]
         common |= membership(count)

@@ -8,7 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from dip_jax import guard, step, steps, training
+from dip_jax import guard, sample_files, step, steps, training
 from dip_jax.data import pipeline
 from dip_jax.errors import UserError
 
@@ -110,6 +110,17 @@ def slow_steps(seconds: float = 0.1) -> None:
         return batch
 
     _harm_batches(harm)
+
+
+def slow_samples(seconds: float = 0.3) -> None:
+    """Every batch of samples takes that long to be written, so that kills meet a run in full swing."""
+    original = sample_files.NpzFile.write
+
+    def write(self, batch, images):
+        time.sleep(seconds)
+        original(self, batch, images)
+
+    sample_files.NpzFile.write = write
 
 
 def slow_delete() -> None:
