@@ -76,7 +76,7 @@ def test_one_bad_number_is_skipped_and_counted(nursery, config, tmp_path):
         slow("nan_streak", {"train__on_bad_steps": "abort"}, Exit.NUMERIC_ABORT, "at step 9; the last checkpoint is step 4"),
         slow("nan_for_ever", {}, Exit.NUMERIC_ABORT, "lower optim.learning_rate"),
         slow("nan_parameter", {}, Exit.DONE, "back to step 4, with other data"),
-        slow("hang", {"train__watchdog_seconds": 4.0}, Exit.CRASH, "in harm"),
+        slow("hang", {"train__watchdog_seconds": 15.0}, Exit.CRASH, "in harm"),  # ten times as long for compiling
     ],
 )
 def test_what_persists_is_rolled_back_or_ended(nursery, changed, tmp_path, fault, options, code, message):
