@@ -44,9 +44,9 @@ def sampling(workdir, out) -> list[str]:
     return ["sample", f"--workdir={workdir}", f"--num_samples={BATCHES * SIZE - 3}", f"--out={out}"]
 
 
-def start_sharded(nursery, workdir, out) -> harness.Child:
+def start_sharded(nursery, workdir, out, fault: str = "") -> harness.Child:
     """One process whose batches are spread over eight devices."""
-    return nursery.call("command", *sampling(workdir, out), devices=8)[0]
+    return nursery.call("command", *sampling(workdir, out), devices=8, fault=fault)[0]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_killed_and_given_again_the_file_is_the_same(nursery, workdir, tmp_path,
     stamps: dict[str, int] = {}
     killed = 0
     for point in points:
-        child = start_sharded(nursery, workdir, out)
+        child = start_sharded(nursery, workdir, out, "slow_samples")
 
         def reached(point=point) -> bool:
             here = (tmp_path / point).exists() if isinstance(point, str) else len(list(parts.glob("0*"))) >= point
