@@ -22,9 +22,8 @@ from dip_jax.errors import UserError
 from dip_jax.models import dip
 from dip_jax.typing import Params
 
-AHEAD_BYTES = (
-    2**30
-)  # per device, for the modulations of all steps; more would crowd out images, which gain more by a large batch
+# Per device, for the modulations of all steps; more would crowd out images, which gain more by a large batch.
+AHEAD_BYTES = 2**30
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 def run(flags: absl_flags.FlagValues) -> None:
     """The command."""
     path = convert(flags["from"].value, checkpoint=flags.checkpoint, out=flags.out, image_size=flags.image_size)
-    print(f"{path}: ready for sample and dip_jax.load")
+    print(f"{path}: ready for sample, evaluate and dip_jax.load")
 
 
 def convert(source: str, *, checkpoint: epath.PathLike, out: epath.PathLike, image_size: int = 256) -> epath.Path:
