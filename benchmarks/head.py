@@ -5,7 +5,7 @@
 
     naive    the plain definition (`tests/plain_unet.py`), vmapped over the patches
     folded   `models/folding.py`, patches in the batch: what runs on accelerators
-    grouped  folded, in groups of patches where they are many: what runs on a CPU (`models/placement.py`)
+    grouped  folded, in groups of patches where they are many: what runs on a CPU
     remat    folded, its activations made again in the backward pass
     convs    folded, but the 1x1 and 2x2 levels as convolutions instead of dense products
     dense4   folded, dense products up to 4x4

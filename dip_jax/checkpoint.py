@@ -35,7 +35,7 @@ from dip_jax.models import dip
 from dip_jax.typing import Params
 
 _FILE_BYTES = 2**26  # one file is hashed by one core: many of middling size keep all cores busy
-_ITEMS_UNREAD = {"ema": ("state",), "raw": ("ema",), "initial": ("state", "ema")}  # by weights of `load`
+ITEMS_UNREAD = {"ema": ("state",), "raw": ("ema",), "initial": ("state", "ema")}  # by weights of `load`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,9 +196,9 @@ def load(path: epath.PathLike, *, weights: str = "ema", verify: bool = True) -> 
         UserError: if there is no checkpoint, it is damaged, or it lacks the weights asked for.
     """
     quiet.quieten_orbax()
-    if weights not in _ITEMS_UNREAD:
-        raise UserError(f"weights={weights!r} is unknown: it is one of {', '.join(_ITEMS_UNREAD)}")
-    path = steps.find(path, verify=verify, report=distributed.say, unread=_ITEMS_UNREAD[weights])
+    if weights not in ITEMS_UNREAD:
+        raise UserError(f"weights={weights!r} is unknown: it is one of {', '.join(ITEMS_UNREAD)}")
+    path = steps.find(path, verify=verify, report=distributed.say, unread=ITEMS_UNREAD[weights])
     record = read_record(path)
     model = dip.from_config(record.config.model)
     if weights == "initial":

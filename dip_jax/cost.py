@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from dip_jax import config
+from dip_jax.models import folding
 from dip_jax.models.detailers import unet_depth
-from dip_jax.models.folding import DENSE_SIDE
 
 
 def forward_flops(model: config.Model) -> dict[str, int]:
@@ -37,7 +37,7 @@ def forward_flops(model: config.Model) -> dict[str, int]:
 
 def _convolution(side: int, fan_in: int, features: int) -> int:
     """3x3 on a map of this side; dense products on the smallest maps."""
-    return side**4 * fan_in * features if side <= DENSE_SIDE else 9 * side * side * fan_in * features
+    return side**4 * fan_in * features if side <= folding.DENSE_SIDE else 9 * side * side * fan_in * features
 
 
 def _unet(model: config.Model, patches: int) -> int:
@@ -53,7 +53,7 @@ def _unet(model: config.Model, patches: int) -> int:
         if model.head_upsample == "bilinear":
             count += _convolution(side, width, features)
         else:
-            count += (low * low * side * side if low <= DENSE_SIDE else 16 * low * low) * width * features
+            count += (low * low * side * side if low <= folding.DENSE_SIDE else 16 * low * low) * width * features
         count += _convolution(side, width, features)
     return patches * (count + p * p * base * 3)
 
@@ -103,4 +103,5 @@ def activation_bytes_per_image(model: Any) -> int:
         residuals = jax.eval_shape(lambda p, *rest: jax.vjp(lambda q: model.apply(q, *rest), p)[1], params, x, t, y)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 
-    return saved(3) - saved(2)
+    with folding.one_group():
+        return saved(3) - saved(2)

@@ -34,6 +34,7 @@ T = TypeVar("T")
 TIMEOUT_SECONDS = 60  # to find the coordinator; JAX alone waits five minutes
 HEARTBEAT_SECONDS = 30  # without a sign of life of a peer, a process ends, so that the launcher can restart all
 _FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
+_COLLECTIVE_TIMEOUT = "--xla_cpu_collective_timeout_seconds"
 _PORTS = (61440, 4096)  # first and count of those that a scheduler's job number is mapped to
 
 
@@ -122,9 +123,13 @@ def start(*, computes: bool = True) -> None:
     if not computes:
         jax.config.update("jax_platforms", "cpu")
     if not jax.distributed.is_initialized():
-        _join()
+        _join(on_tpu=computes and _on_tpu_machine())
     if not computes:
         return
+    if jax.process_count() != count():
+        raise UserError(
+            f"JAX sees {jax.process_count()} processes, but this one did not join them: say who is who with {', '.join(_FLAGS)}"
+        )
     asked, found = os.environ.get("JAX_PLATFORMS", "").split(",")[0], jax.default_backend()
     if asked and {"cuda": "gpu", "rocm": "gpu"}.get(asked, asked) != found:
         raise UserError(
@@ -133,10 +138,12 @@ def start(*, computes: bool = True) -> None:
         )
 
 
-def _join() -> None:
+def _join(*, on_tpu: bool) -> None:
     member = find_membership(os.environ)
-    if member is None and not _on_tpu_machine():
+    if member is None and not on_tpu:
         return
+    if _COLLECTIVE_TIMEOUT not in os.environ.get("XLA_FLAGS", ""):  # half an hour would be too short for who waits for others
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COLLECTIVE_TIMEOUT}={30 * 24 * 3600}".strip()
     options: dict[str, Any] = {"initialization_timeout": 2 * TIMEOUT_SECONDS, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     if member:
         options |= {"coordinator_address": member.address, "num_processes": member.count, "process_id": member.index}
@@ -153,7 +160,7 @@ def _join() -> None:
         raise UserError(
             f"process {member.index} of {member.count} cannot join the run at {member.address}: {reason}"
         ) from error
-    agree(0)  # on CPUs the first exchange waits for 30 s only, later ones as long as it takes: so it is made while all are here
+    agree(0)  # on CPUs the first exchange waits for 30 s only, later ones as long as _COLLECTIVE_TIMEOUT says
 
 
 def _on_tpu_machine() -> bool:
@@ -264,14 +271,13 @@ def preempted(step: int) -> bool:
 
 
 def on_all(action: Callable[[], T]) -> T:
-    """Runs `action` in every process; what it raises as a `UserError` in one ends all. All must call it."""
+    """Runs `action` in every process; what it raises for the user in one ends all. All must call it."""
     result = error = None
     try:
         result = action()
-    except UserError as raised:
+    except (UserError, Interrupted) as raised:
         error = raised
-    if largest(int(error is not None)):
-        raise error or UserError("another process stopped with an error: see its log")
+    _end_alike(error, largest(_code(error)), "another process")
     return result
 
 
@@ -283,9 +289,17 @@ def on_main(action: Callable[[], T]) -> T | None:
             result = action()
         except (UserError, Interrupted) as raised:
             error = raised
-    code = agree(int(getattr(error, "code", Exit.USER_ERROR) if error else Exit.DONE))
-    if code == Exit.USER_ERROR:
-        raise error or UserError("process 0 stopped with an error: see its log")
-    if code != Exit.DONE:
-        raise error or Interrupted("process 0 stopped: see its log", code=Exit(code))
+    _end_alike(error, agree(_code(error)), "process 0")
     return result
+
+
+def _code(error: UserError | Interrupted | None) -> int:
+    return int(getattr(error, "code", Exit.USER_ERROR) if error else Exit.DONE)
+
+
+def _end_alike(error: UserError | Interrupted | None, code: int, who: str) -> None:
+    """Raises this process's own error, or the like of what another one ended with."""
+    if code == Exit.USER_ERROR:
+        raise error or UserError(f"{who} stopped with an error: see its log")
+    if code != Exit.DONE:
+        raise error or Interrupted(f"{who} stopped: see its log", code=Exit(code))

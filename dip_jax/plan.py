@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from dip_jax import hlo, optim, sharding, state, step
 from dip_jax.config import Config, Mesh, from_dict, to_dict
 from dip_jax.errors import Exit, UserError
-from dip_jax.models import dip, placement
+from dip_jax.models import dip, folding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +115,9 @@ def read_plan(compiled: jax.stages.Compiled) -> Plan:
 
 def _main() -> int:
     config = from_dict(json.loads(sys.stdin.read()))
-    placement.MOST_GROUPS = 1  # a rewrite for CPUs; what is planned for is none
     try:
-        lowered = lower_step(config, sharding.make_mesh(config.mesh))
+        with folding.one_group():
+            lowered = lower_step(config, sharding.make_mesh(config.mesh))
     except UserError as mistake:
         print(mistake, file=sys.stderr)
         return Exit.USER_ERROR

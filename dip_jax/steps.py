@@ -213,8 +213,8 @@ def _files(path: epath.Path, prefix: str = "") -> Iterator[str]:
 
 
 def _sha256(path: epath.Path) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
     return digest.hexdigest()

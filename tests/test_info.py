@@ -12,6 +12,7 @@ from test_models import COMBINATIONS, small
 from dip_jax import __main__, config, cost
 from dip_jax.errors import UserError
 from dip_jax.jobs import info
+from dip_jax.models import folding
 from dip_jax.models.detailers import HEADS
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -105,6 +106,14 @@ def _products(jaxpr) -> int:
             inner = getattr(value, "jaxpr", value)  # of a jit, a scan, a checkpoint
             total += _products(inner) * eqn.params.get("length", 1) if hasattr(inner, "eqns") else 0
     return total
+
+
+def test_activation_bytes_are_those_of_an_accelerator(monkeypatch):
+    """On a CPU the head runs in groups of patches that would each keep their own merged kernels."""
+    model = small(head="unet", head_remat=False)
+    expected = cost.activation_bytes_per_image(model)
+    monkeypatch.setattr(folding, "GROUP_BYTES", 1)
+    assert cost.activation_bytes_per_image(model) == expected
 
 
 def test_activations_follow_the_rematerialisation():

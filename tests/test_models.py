@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dip_jax import config, sharding
 from dip_jax.errors import UserError
-from dip_jax.models import condition, layers, placement
+from dip_jax.models import condition, folding, layers, placement
 from dip_jax.models.detailers import HEADS
 from dip_jax.models.dip import build, from_config, init_backbone
 from dip_jax.models.patches import patchify, unpatchify
@@ -123,9 +123,9 @@ def test_groups_of_patches_change_neither_output_nor_gradients(monkeypatch):
     inputs = head_inputs(small(head="unet"))
 
     def run(size):
-        monkeypatch.setattr(placement, "GROUP_BYTES", size)
+        monkeypatch.setattr(folding, "GROUP_BYTES", size)
         apply = placement.MappedHead(model).apply
-        assert placement.count_groups(model, images=len(inputs[0]), patches=inputs[0].shape[1]) == (2 if size == 1 else 1)
+        assert folding.count_groups(model, images=len(inputs[0]), patches=inputs[0].shape[1]) == (2 if size == 1 else 1)
         return jax.value_and_grad(lambda params, *inputs: weighted(apply({"params": params}, *inputs)), (0, 1, 2))(
             params, *inputs
         )

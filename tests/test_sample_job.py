@@ -1,11 +1,13 @@
 """`python -m dip_jax sample` as its user meets it: pictures, files, mistakes in one line. Kills are in test_sample_hosts.py."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from dip_jax import checkpoint, config, sample_files
+from dip_jax import checkpoint, config, sample_files, steps
 from dip_jax.__main__ import main
 from dip_jax.models import dip
 
@@ -44,6 +46,15 @@ def test_grid_npz_and_folder_hold_the_same_samples(workdir, tmp_path):
     assert any(np.array_equal(grid[16:112, left : left + 96], corner) for left in range(grid.shape[1] - 96))
     with Image.open(out["steps.png"]) as strip:
         assert strip.size[0] > 3 * 96
+
+
+def test_a_step_without_its_training_state_is_enough(workdir, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    with (copy / steps.ROOT / "7" / steps.MANIFEST).open("a") as manifest:
+        manifest.write(f"{'0' * 64}  state/array_metadatas\n")  # of an item that training would have written
+    assert main(["sample", f"--workdir={copy}", "--num_samples=2", f"--out={tmp_path / 'two.png'}"]) == 0
+    assert main(["sample", f"--workdir={copy}", "--num_samples=2", "--noema", f"--out={tmp_path / 'two.npz'}"]) == 2
 
 
 def test_settings_state_the_protocol(workdir, tmp_path):

@@ -144,6 +144,12 @@ def _write_shard(task: Task) -> None:
     write_atomically(task.report, json.dumps(dataclasses.asdict(Report(shard, counts, rejected))))
 
 
+def sweep(partial: pathlib.Path) -> None:
+    """Removes the shards that killed writers had begun; before anybody writes."""
+    for file in (partial / "reports").glob("*/*.tmp"):
+        file.unlink(missing_ok=True)
+
+
 def _store(item: sources.Item, storing: Storing, *, num_classes: int) -> bytes:
     if not 0 <= item.label < num_classes:
         raise images.BadImageError(f"label {item.label} is outside [0, {num_classes})")

@@ -194,7 +194,8 @@ def _rows_of(path: epath.Path, record: checkpoint.Record, *, quick: bool) -> lis
 
 def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     """A row each for real images, the untrained network, the last weights and their average; and the report."""
-    path = steps.find(flags.workdir, verify=True, report=distributed.say)
+    unread = checkpoint.ITEMS_UNREAD["ema"] if flags.quick else ()
+    path = steps.find(flags.workdir, verify=True, report=distributed.say, unread=unread)
     record = checkpoint.read_record(path)
     run = record.config
     count = _wanted(flags, run.eval).num_samples

@@ -154,6 +154,7 @@ def prepare(
         request = _request(origin, splits, storing)
         distributed.require_same(request)
         distributed.on_main(lambda: _check_request(partial, request))
+        distributed.on_main(lambda: writing.sweep(partial))
         tasks = distributed.on_all(plan)
         distributed.on_all(write)
         return distributed.on_main(lambda: _publish(partial, out, tasks, origin=origin, max_rejected=max_rejected))
@@ -196,7 +197,9 @@ def _locked(partial: pathlib.Path) -> Iterator[None]:
         lock = open(partial / "lock", "w")  # noqa: SIM115 (used below, outside this try)
     except OSError as error:
         raise UserError(f"cannot write {partial}: {error.strerror}; choose another --out") from None
-    with lock:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_if_empty, partial)
+        stack.enter_context(lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -205,7 +208,13 @@ def _locked(partial: pathlib.Path) -> Iterator[None]:
             yield
         finally:
             if {entry.name for entry in partial.glob("*")} == {"lock"}:  # a mistake, found before any work
-                shutil.rmtree(partial)
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_if_empty(folder: pathlib.Path) -> None:
+    """Over NFS a folder is not empty before the lock in it is closed."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -257,7 +266,7 @@ def _publish(
         if len(summary.rejected) > max_rejected * total:
             raise Interrupted(_rejection(partial, summary, total=total, max_rejected=max_rejected), code=Exit.REJECTED_INPUTS)
         os.rename(partial / "dataset", out)
-        shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)
     return summary
 
 

@@ -105,10 +105,12 @@ def _sample(flags: absl_flags.FlagValues) -> None:
     for picture in (flags.out, flags.trajectory):
         if picture and picture.endswith(".png"):
             sample_files.require_folder(guard.absolute(picture).parent)
-    path = step_files.find(flags.workdir or flags.checkpoint, verify=True, report=distributed.say)
+    weights = "ema" if flags.ema else "raw"
+    unread = checkpoint.ITEMS_UNREAD[weights]
+    path = step_files.find(flags.workdir or flags.checkpoint, verify=True, report=distributed.say, unread=unread)
     record = checkpoint.read_record(path)
     options = _options(flags, record.config.sample)
-    model, params = checkpoint.load(path, weights="ema" if flags.ema else "raw", verify=False)
+    model, params = checkpoint.load(path, weights=weights, verify=False)
     if flags.precision == "highest":
         model = dip.from_config(dataclasses.replace(model.config, dtype="float32"))
     labels = drawing.check_labels(interleave(_classes(flags, model.config.num_classes), flags.num_samples), model)

@@ -5,15 +5,22 @@ Sums are only reordered, so values agree with the plain form to float32 rounding
     convolve_upsampled(x, k, nearest)   = conv3x3(upsample2(x), k): one 2x2 conv per output parity        (2)
     conv3x3(concat[a, b], [k_a; k_b])   = conv3x3(a, k_a) + conv3x3(b, k_b): the caller never concatenates (3)
 On maps up to 2x2 both are one dense product over all positions, where convolutions run at a twentieth of the speed.
+How many patches are folded into one convolution is `count_groups`, the only thing that differs between backends.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dip_jax import config
+
 DENSE_SIDE = 2  # largest input map that is multiplied densely
+GROUP_BYTES = 8 * 2**20  # of the widest activation of a group: about what a CPU caches
+MOST_GROUPS = 8  # every group is compiled on its own, and its gradients of the kernels are added up
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 # Along one axis, parity a of the output meets the taps (0, 1, 2) merged into two: rows are the two merged taps.
@@ -38,7 +45,7 @@ def _combine(kernel: jax.Array, chosen: Taps) -> jax.Array:
 @_combine.defjvp
 def _combine_jvp(chosen: Taps, kernel: tuple[jax.Array], tangent: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     weights = jnp.asarray(chosen, tangent[0].dtype)
-    return _combine(*kernel, chosen), jnp.tensordot(weights, *tangent, axes=1)
+    return _combine(*kernel, chosen), jnp.tensordot(weights, *tangent, axes=1, precision=lax.Precision.HIGHEST)
 
 
 @functools.cache
@@ -101,3 +108,27 @@ def _windows(x: jax.Array) -> jax.Array:
 
 # 2x2 pooling, x [r, r, C] -> [r/2, r/2, C], as reshapes: `reduce_window` has a gradient three times slower.
 POOLS = {"avg": _average, "max": _maximum}
+
+
+def count_groups(model: config.Model, *, images: int, patches: int) -> int:
+    """Into how many groups of patches the head's work is split: more than one only for the U-Net on a CPU.
+
+    There, XLA's gradient of a convolution's kernel reads the whole batch again for every tap: with 64 patches at base width 64
+    it ran at 75 GFLOP/s on two cores, with 256 and more at 15.
+    """
+    if model.head != "unet" or jax.default_backend() != "cpu":
+        return 1
+    size = images * patches * model.patch_size**2 * (model.head_width or 64) * 4  # float32, whatever the dtype
+    divisors = [n for n in range(1, MOST_GROUPS + 1) if patches % n == 0]
+    return next((n for n in divisors if size <= n * GROUP_BYTES), divisors[-1])
+
+
+@contextlib.contextmanager
+def one_group() -> Iterator[None]:
+    """What is traced inside has no groups: the program of an accelerator, to be counted and planned on a CPU."""
+    global MOST_GROUPS
+    before, MOST_GROUPS = MOST_GROUPS, 1
+    try:
+        yield
+    finally:
+        MOST_GROUPS = before

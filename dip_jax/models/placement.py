@@ -15,14 +15,12 @@ import jax.numpy as jnp
 
 from dip_jax import config
 from dip_jax.errors import UserError
+from dip_jax.models import folding
 from dip_jax.models.backbone import TOKENS, run_blocks
 from dip_jax.models.condition import Conditioning, Modulations
 from dip_jax.models.detailers import HEADS, check_head
 from dip_jax.models.layers import FinalLayer, Linear
 from dip_jax.sharding import constrain
-
-GROUP_BYTES = 8 * 2**20  # of the widest activation of a group: about what a CPU caches
-MOST_GROUPS = 8  # every group is compiled on its own, and its gradients of the kernels are added up
 
 
 class MappedHead(nn.Module):
@@ -43,22 +41,9 @@ class MappedHead(nn.Module):
         nn.share_scope(self, self.mapped)  # no extra level in the parameter tree
 
     def __call__(self, p: jax.Array, s: jax.Array, t_emb: jax.Array) -> jax.Array:
-        parts = count_groups(self.config, images=p.shape[0], patches=p.shape[1])
+        parts = folding.count_groups(self.config, images=p.shape[0], patches=p.shape[1])
         groups = zip(jnp.split(p, parts, axis=1), jnp.split(s, parts, axis=1), strict=True)
         return jnp.concatenate([self.mapped(p, s, t_emb) for p, s in groups], axis=1)
-
-
-def count_groups(model: config.Model, *, images: int, patches: int) -> int:
-    """Into how many groups of patches the head's work is split: more than one only for the U-Net on a CPU.
-
-    There, XLA's gradient of a convolution's kernel reads the whole batch again for every tap: with 64 patches at base width 64
-    it ran at 75 GFLOP/s on two cores, with 256 and more at 15.
-    """
-    if model.head != "unet" or jax.default_backend() != "cpu":
-        return 1
-    size = images * patches * model.patch_size**2 * (model.head_width or 64) * 4  # float32, whatever the dtype
-    divisors = [n for n in range(1, MOST_GROUPS + 1) if patches % n == 0]
-    return next((n for n in divisors if size <= n * GROUP_BYTES), divisors[-1])
 
 
 def _final(model: config.Model, tokens: jax.Array, c: Conditioning, like: jax.Array) -> jax.Array:
