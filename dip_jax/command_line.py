@@ -65,7 +65,10 @@ def parse(values: flags.FlagValues, command: str, argv: list[str]) -> None:
     try:
         rest = values(sys.argv)[1:]
     except flags.Error as error:
-        raise UserError(_one_line(error)) from error
+        # Of a config file that raises a ValueError, absl hands on the whole traceback as text.
+        _, _, trace = str(error).partition("Error whilst parsing config file:")
+        line = f"--config cannot be read: {trace.strip().splitlines()[-1]}" if trace else _one_line(error)
+        raise UserError(line) from error
     except Exception as error:  # absl loads the config file here where the command line overrides one of its keys
         raise UserError(f"--config cannot be read: {_reason(error)}") from error
     if rest:

@@ -70,6 +70,7 @@ COMMANDS = {
     "config is a folder": ["train", "--workdir={tmp}/w", "--config={tmp}/folder"],
     "config is bytes": ["train", "--workdir={tmp}/w", "--config={tmp}/bytes"],
     "config has a slip": ["train", "--workdir={tmp}/w", "--config={tmp}/slip.py"],
+    "config raises a ValueError": ["train", "--workdir={tmp}/w", "--config={tmp}/value_error.py"],
     "config raises": ["train", "--workdir={tmp}/w", "--config={tmp}/raises.py"],
     "config lacks get_config": ["train", "--workdir={tmp}/w", "--config={tmp}/empty.py"],
     "config returns a list": ["train", "--workdir={tmp}/w", "--config={tmp}/list.py"],
@@ -144,6 +145,7 @@ def tmp(tmp_path_factory) -> pathlib.Path:
     (tmp / "bytes").write_bytes(bytes(range(256)))
     (tmp / "slip.py").write_text("def get_config(:\n")
     (tmp / "raises.py").write_text("def get_config():\n    return 1 / 0\n")
+    (tmp / "value_error.py").write_text("def get_config():\n    return int('many')\n")
     (tmp / "empty.py").write_text("")
     (tmp / "list.py").write_text("def get_config():\n    return [1]\n")
     (tmp / "rubbish.py").write_text(
@@ -178,7 +180,7 @@ def refused(tmp, capsys, monkeypatch):
         assert main([part.format(tmp=tmp) for part in argv]) == Exit.USER_ERROR
         errors = capsys.readouterr().err
         lines = [line for line in errors.splitlines() if line.startswith("dip_jax")]
-        assert len(lines) == 1 and len(lines[0]) < 900, errors
+        assert len(lines) == 1 and len(lines[0]) < 900 and "Traceback" not in lines[0], errors
         assert "Traceback" not in errors
         assert {path: path.read_bytes() for path in before} == before, "a file was changed"
         assert not executed.exists(), "code of the input was executed"
