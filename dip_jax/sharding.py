@@ -49,7 +49,7 @@ RULES: Rules = (
     ("vocab", None),  # label table
     ("pixels", None),  # P * P * 3
     ("frequency", None),
-    ("head_in", None),  # the Patch Detailer Head is 0.3 % of the weights: replicated
+    ("head_in", None),  # the Patch Detailer Head is 0.9 % of the weights: replicated
     ("head_out", None),
     ("kernel", None),
     ("norm", None),
