@@ -169,8 +169,8 @@ def damage(path: epath.Path, *, unread: Collection[str] = ()) -> str | None:
     """
     try:
         lines = (path / MANIFEST).read_text().splitlines()
-        expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        expected = {name: digest for name, digest in expected.items() if name.split("/")[0] not in unread}
+        listed = [line.split("  ", 1) for line in lines]
+        expected = {name: digest for digest, name in listed if name.split("/")[0] not in unread}
         actual = _digests(path, unread=unread)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"

@@ -11,6 +11,29 @@ from test_data_images import encoded, photograph
 
 ROOT = pathlib.Path(__file__).parent.parent
 
+# `prepare` with SHARD images per shard, whose writers count the images they begin and stop for ever at number LAST.
+COUNTED_JOB = """
+import os, sys, time
+from dip_jax import distributed
+from dip_jax.__main__ import main
+from dip_jax.data import images, writing
+
+decode, journal, last = images.decode, os.environ["JOURNAL"], int(os.environ["LAST"])
+
+def counted(data):
+    with open(journal, "ab") as file:
+        file.write(b".")
+    while os.path.getsize(journal) > last:
+        time.sleep(0.01)
+    return decode(data)
+
+images.decode = counted
+writing.RECORDS_PER_SHARD = int(os.environ["SHARD"])
+distributed.HEARTBEAT_SECONDS = 10
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
 
 def make_folder(root: pathlib.Path, *, classes=("ants", "bees", "cats"), per_class=4, size=(60, 45)) -> pathlib.Path:
     """An ImageFolder of small photographs, all different."""

@@ -10,34 +10,11 @@ import time
 import launching
 import pytest
 from faults import harness
-from preparing import ROOT, command, content, make_folder
+from preparing import COUNTED_JOB, ROOT, command, content, make_folder
 
 from dip_jax.errors import Exit
 
 pytestmark = pytest.mark.slow
-
-# `prepare` with small shards, whose writers stop for ever at image number LAST of this host.
-JOB = """
-import os, sys, time
-from dip_jax import distributed
-from dip_jax.__main__ import main
-from dip_jax.data import images, writing
-
-decode, journal, last = images.decode, os.environ["JOURNAL"], int(os.environ["LAST"])
-
-def counted(data):
-    with open(journal, "ab") as file:
-        file.write(b".")
-    while os.path.getsize(journal) > last:
-        time.sleep(0.01)
-    return decode(data)
-
-images.decode = counted
-writing.RECORDS_PER_SHARD = 10
-distributed.HEARTBEAT_SECONDS = 10
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
-"""
 
 
 class Hosts:
@@ -45,7 +22,7 @@ class Hosts:
 
     def __init__(self, folder: pathlib.Path, out: str, *, count: int, last: int = 10**6, flags=(), others=()):
         script = folder / "job.py"
-        script.write_text(JOB)
+        script.write_text(COUNTED_JOB)
         self._logs, self.processes = [], []
         address = launching.free_address()
         for index in range(count):
@@ -53,7 +30,7 @@ class Hosts:
             argv = command(folder / "images", folder / out, "--processes=1", *(membership if count > 1 else ()))[3:]
             journal = folder / f"journal-{out}-{index}"
             journal.write_bytes(b"")
-            env = {"PYTHONPATH": str(ROOT), "JOURNAL": str(journal), "LAST": str(last if index else 10**6)}
+            env = {"PYTHONPATH": str(ROOT), "JOURNAL": str(journal), "LAST": str(last if index else 10**6), "SHARD": "10"}
             self._logs.append(folder / f"{out}-{index}.log")
             with open(self._logs[-1], "w") as log:
                 self.processes.append(

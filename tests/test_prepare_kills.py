@@ -9,31 +9,10 @@ import sys
 import time
 
 import pytest
-from preparing import ROOT, command, content, make_folder
+from preparing import COUNTED_JOB, ROOT, command, content, make_folder
 
 from dip_jax.errors import Exit, UserError
 from dip_jax.jobs.prepare import prepare
-
-# `prepare` with small shards, whose writers count the images they begin and wait to be killed where the count ends.
-COUNTED_JOB = """
-import os, sys, time
-from dip_jax.__main__ import main
-from dip_jax.data import images, writing
-
-decode, journal, last = images.decode, os.environ["JOURNAL"], int(os.environ["LAST"])
-
-def counted(data):
-    with open(journal, "ab") as file:
-        file.write(b".")
-    while os.path.getsize(journal) > last:
-        time.sleep(0.01)
-    return decode(data)
-
-images.decode = counted
-writing.RECORDS_PER_SHARD = 20
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] + ["--max_rejected=0.1"]))
-"""
 
 
 def start_counted(tmp_path, out: str, *, journal: pathlib.Path, last: int) -> subprocess.Popen:
@@ -41,9 +20,9 @@ def start_counted(tmp_path, out: str, *, journal: pathlib.Path, last: int) -> su
     script.write_text(COUNTED_JOB)
     journal.write_bytes(b"")
     return subprocess.Popen(
-        [sys.executable, script, *command(tmp_path / "images", tmp_path / out, "--processes=2")[3:]],
+        [sys.executable, script, *command(tmp_path / "images", tmp_path / out, "--processes=2", "--max_rejected=0.1")[3:]],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JOURNAL": str(journal), "LAST": str(last)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JOURNAL": str(journal), "LAST": str(last), "SHARD": "20"},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     )
