@@ -67,6 +67,14 @@ def test_auto_leaves_what_is_chosen(tmp_path):
     assert done.stdout.strip() == "cpu"
 
 
+def test_only_a_cpu_run_holds_on_to_its_memory(tmp_path):
+    """glibc's settings; one that is made already stays."""
+    show = f"source {ROOT}/launch/env.sh $0; env | grep ^MALLOC_ | sort"
+    cpu = bash("-uc", show, "cpu", MALLOC_ARENA_MAX="3").stdout.split()
+    assert cpu == ["MALLOC_ARENA_MAX=3", "MALLOC_MMAP_MAX_=0", "MALLOC_TRIM_THRESHOLD_=17179869184"]
+    assert bash("-uc", show, "cuda").stdout == ""
+
+
 def test_an_unknown_accelerator_is_one_line(tmp_path):
     done = source_env(tmp_path, "gpu")
     assert done.returncode == 2 and "auto, cpu, cuda, tpu" in done.stderr
