@@ -28,14 +28,14 @@ class Scale:
     photograph: dict[str, Any]
     head_sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 150
+    steps: int = 200
     batch_size: int = 16
     learning_rate: float = 1.5e-3
     num_samples: int = 100
     num_reference: int = 400
     sample: Sample = field(default_factory=lambda: Sample(steps=15, guidance=2.0, interval=(0.0, 1.0), batch_size=100))
     photograph_size: int = 256
-    photograph_steps: int = 200
+    photograph_steps: int = 2000
     photograph_batch: int = 1
     photograph_points: int = 10
     points_per_class: int = 40
