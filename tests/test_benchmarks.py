@@ -1,5 +1,6 @@
 """What the benchmarks share: variants are read as they are meant, times are fair, fits find the exponent."""
 
+import argparse
 import json
 import pathlib
 import sys
@@ -15,6 +16,7 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 
 import measuring
 import scaling
+import start
 
 
 def test_variants_are_read_by_the_types_of_the_config():
@@ -58,3 +60,11 @@ def test_a_run_is_recorded_with_all_that_repeats_it(tmp_path):
     run = json.loads(out.read_text())
     assert set(run) >= {"command", "revision", "hardware", "versions", "config", "rows", "load", "clock"}
     assert run["versions"]["jax"] == jax.__version__ and len(run["revision"].split("+")[0]) == 40
+
+
+@pytest.mark.slow
+def test_an_executable_made_ahead_draws_the_same_image_without_tracing(tmp_path):
+    options = argparse.Namespace(size="tiny", image_size=32, dtype="float32", steps=2)
+    cold, made, loaded = (start.start(mode, tmp_path, options) for mode in ("cold", "ahead", "ahead"))
+    assert cold["sum"] == made["sum"] == loaded["sum"] != 0
+    assert made["trace"] > 0 and loaded["trace"] == 0
