@@ -36,6 +36,7 @@ MODES = ("cold", "cache", "ahead")
 
 def start(mode: str, folder: pathlib.Path, options: argparse.Namespace) -> dict[str, float]:
     """One start in this process: seconds of its parts. A first start of `ahead` makes its file and measures nothing of use."""
+    jax.config.update("jax_enable_compilation_cache", mode == "cache")  # what came from the cache cannot be serialised again
     if mode == "cache":
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
