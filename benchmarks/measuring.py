@@ -5,6 +5,7 @@ counts what they themselves use: on a CPU the process's CPU seconds; on an accel
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -26,7 +27,7 @@ sys.path[:0] = [str(ROOT)]
 import jax  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
-from dip_jax import config, cost, hardware  # noqa: E402
+from dip_jax import config, cost, hardware, sampler  # noqa: E402
 from dip_jax.errors import UserError  # noqa: E402
 from dip_jax.models import dip  # noqa: E402
 
@@ -152,6 +153,24 @@ def make_model(size: str, image_size: int, settings: Mapping[str, str], **fields
     fields = {"patch_size": 32 if image_size == 512 else 16} | fields
     base = config.Model(size=size, image_size=(image_size, image_size), dtype=dtype, **fields)
     return dip.from_config(with_settings(base, settings))
+
+
+def trajectory(model: dip.DiP, sample: config.Sample, *, ahead: bool) -> Callable:
+    """(params, labels) -> the samples, to be jitted; modulations made before the first step (`ahead`) or in every one."""
+
+    def draw(params, labels):
+        return sampler.draw(
+            functools.partial(model.apply, params),
+            key=jax.random.key(0),
+            indices=labels,
+            labels=labels,
+            image_shape=(*model.config.image_size, 3),
+            sample=sample,
+            null_label=model.config.num_classes,
+            ahead=functools.partial(model.modulations, params) if ahead else None,
+        )
+
+    return draw
 
 
 def forward_flops(model: dip.DiP) -> int:

@@ -17,17 +17,15 @@ import functools
 import json
 import pathlib
 import platform
-import sys
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-
-from dip_jax import config, sampler
+from dip_jax import config
 from dip_jax.models import dip
 
 
@@ -36,22 +34,12 @@ def compile_variants(model: dip.DiP, params: Any, options: argparse.Namespace) -
     indices = jnp.arange(options.batch, dtype=jnp.int32)
     names = ("plain", "ahead") if options.dtype == "float32" else ("plain", "ahead", "cast", "both")
 
-    def draw(params, indices, *, ahead):
-        return sampler.draw(
-            functools.partial(model.apply, params),
-            key=jax.random.key(0),
-            indices=indices,
-            labels=indices,
-            image_shape=(*model.config.image_size, 3),
-            sample=sample,
-            null_label=model.config.num_classes,
-            ahead=functools.partial(model.modulations, params) if ahead else None,
-        )
-
     variants = {}
     for name in names:
         weights = jax.jit(model.cast)(params) if name in ("cast", "both") else params
-        compiled = jax.jit(functools.partial(draw, ahead=name in ("ahead", "both"))).lower(weights, indices).compile()
+        compiled = (
+            jax.jit(measuring.trajectory(model, sample, ahead=name in ("ahead", "both"))).lower(weights, indices).compile()
+        )
         variants[name] = functools.partial(compiled, weights, indices)
     return variants
 

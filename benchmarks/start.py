@@ -12,7 +12,6 @@ first image on the host; the columns before it are its parts. Medians over the t
 """
 
 import argparse
-import functools
 import json
 import os
 import pathlib
@@ -28,7 +27,7 @@ import measuring
 import numpy as np
 from jax.experimental import serialize_executable
 
-from dip_jax import config, sampler
+from dip_jax import config
 from dip_jax.models import dip
 
 MODES = ("cold", "cache", "ahead")
@@ -42,20 +41,7 @@ def start(mode: str, folder: pathlib.Path, options: argparse.Namespace) -> dict[
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     model = dip.build(f"DiP-{options.size}/16", image_size=options.image_size, dtype=options.dtype)
     params = jax.block_until_ready(jax.jit(model.init)(jax.random.key(0)))
-    sample = config.Sample(steps=options.steps, batch_size=1)
-
-    def draw(params, labels):
-        return sampler.draw(
-            functools.partial(model.apply, params),
-            key=jax.random.key(0),
-            indices=labels,
-            labels=labels,
-            image_shape=(*model.config.image_size, 3),
-            sample=sample,
-            null_label=model.config.num_classes,
-            ahead=functools.partial(model.modulations, params),
-        )
-
+    draw = measuring.trajectory(model, config.Sample(steps=options.steps, batch_size=1), ahead=True)
     labels, file = jnp.zeros(1, jnp.int32), folder / "executable"
     times = [time.perf_counter()]
     if mode == "ahead" and file.exists():
