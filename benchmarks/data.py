@@ -139,7 +139,7 @@ def read(scratch: pathlib.Path) -> list[dict]:
     """Rates of reading, per core; each beside Pillow's just before it, so that a busy machine slows both alike."""
     files = make_photographs(scratch / "photographs", IMAGES.value)
     streams = {}
-    for encoding, folder in write_encodings(scratch, ("original", "jpeg", "webp", "png", "raw"), SIZE).items():
+    for encoding, folder in write_encodings(scratch, ("original", "jpeg", "webp", "png", "tiff", "raw"), SIZE).items():
         stored = sum(shard.bytes for shard in shards.read_info(folder).shards) / len(files)
         for workers in (0, 1, 2) if encoding == "original" else (0,):
             name = f"pipeline, {encoding} ({stored / 1024:.0f} KiB), {workers} workers"

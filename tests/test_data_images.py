@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from dip_jax.data import images, photo_crops
+from dip_jax.errors import UserError
 
 SIZES = [
     (100, 80),
@@ -143,7 +144,7 @@ def test_a_line_of_pixels_crops_without_filling_the_memory():
     assert set(np.unique(crop)) <= {124, 125}  # the middle
 
 
-@pytest.mark.parametrize("encoding", ["raw", "png", "webp"])
+@pytest.mark.parametrize("encoding", ["raw", "tiff", "png", "webp"])
 def test_lossless_encodings_give_the_pixels_back(encoding):
     image = photograph(64, 64)
     data = images.encode(image, encoding, quality=90)
@@ -165,8 +166,16 @@ def test_originals_are_cropped_when_read():
     np.testing.assert_array_equal(pixels, adm_crop(np.asarray(image), 64))
 
 
-@pytest.mark.parametrize("encoding", ["raw", "png"])
+@pytest.mark.parametrize("encoding", ["raw", "tiff"])
 def test_a_stored_image_of_another_size_is_bad(encoding):
     data = images.encode(photograph(32, 32), encoding, quality=90)
     with pytest.raises(images.BadImageError, match="64x64"):
         images.pixels(data, encoding, image_size=64, stored_size=64)
+
+
+@pytest.mark.parametrize("encoding", ["tiff", "png", "webp", "jpeg"])
+def test_a_pillow_without_the_codec_is_told_in_one_line(encoding, monkeypatch):
+    images.require_codec(encoding)
+    monkeypatch.setattr(Image, "SAVE", {})
+    with pytest.raises(UserError, match=f"no {encoding} codec.*pip install Pillow"):
+        images.require_codec(encoding)

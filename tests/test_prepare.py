@@ -42,7 +42,7 @@ def test_a_folder_becomes_a_dataset(tmp_path, small_shards):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
 
 
-@pytest.mark.parametrize("encoding", ["original", "raw", "webp", "jpeg"])
+@pytest.mark.parametrize("encoding", ["original", "raw", "png", "webp", "jpeg"])
 def test_every_encoding_reads_back(tmp_path, encoding):
     root = make_folder(tmp_path / "images", per_class=1)
     prepare("folder", root=str(root), encoding=encoding, image_size=32, out=tmp_path / "out", processes=1)

@@ -78,3 +78,18 @@ def test_a_second_prepare_refuses(tmp_path):
     first.send_signal(signal.SIGINT)
     assert first.wait(20) == Exit.INTERRUPTED
     assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_to_the_whole_job_is_told_as_one_also_where_the_writers_hear_it_first(tmp_path):
+    make_folder(tmp_path / "images", per_class=10)
+    job = start_counted(tmp_path, "out", journal=tmp_path / "journal", last=5)
+    while (tmp_path / "journal").stat().st_size < 5:
+        assert job.poll() is None, job.stderr.read().decode()
+        time.sleep(0.01)
+    children = pathlib.Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    for child in map(int, children):
+        os.kill(child, signal.SIGTERM)
+    time.sleep(0.2)
+    job.send_signal(signal.SIGTERM)
+    _, error = job.communicate(timeout=20)
+    assert job.returncode == Exit.PREEMPTED and "give the same command again" in error.decode()

@@ -59,6 +59,7 @@ class Dataset:
                 f"{folder} holds {info.image_size}x{info.image_size} images where {image_size}x{image_size} are wanted: "
                 f"prepare another with --image_size={image_size}, or store originals with --encoding=original"
             )
+        images.require_codec(info.encoding)
         self.folder, self.info = folder, info
         self.classes, self.fingerprint = list(info.classes), info.fingerprint
         self.image_size = info.image_size or image_size

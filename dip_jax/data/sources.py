@@ -54,7 +54,7 @@ class Source:
     """
 
     open: Callable[[str, str, int | None, pathlib.Path], Mapping[str, Split]]
-    encoding: str = "png"
+    encoding: str = "tiff"
     image_size: int | None = None
 
 

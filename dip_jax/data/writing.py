@@ -13,6 +13,7 @@ import os
 import pathlib
 import signal
 import socket
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent import futures
@@ -25,6 +26,7 @@ from dip_jax.errors import UserError
 
 REJECTED_FILE = "rejected.csv"
 RECORDS_PER_SHARD = 2048  # what a kill costs per process, at most
+_GRACE = 1.0  # seconds: a signal to a whole job may reach the writers first, and is then told as what it is
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def write_all(tasks: list[Task], *, processes: int, shown: bool = True) -> None:
                 for future in finished:
                     future.result()
         except futures.process.BrokenProcessPool:
+            time.sleep(_GRACE)
             raise UserError("a writing process was killed (out of memory?): use fewer --processes and run it again") from None
         except BaseException:
             stop.set()

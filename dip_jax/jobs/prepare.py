@@ -55,8 +55,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
         "encoding",
         None,
         images.ENCODINGS,
-        "original (bytes as they are, cropped when read), or crops as raw pixels, png, webp (lossless) or jpeg; "
-        "default: raw for photo_crops, png for the others",
+        "original (bytes as they are, cropped when read), or crops as raw pixels, tiff, png or webp (lossless), or jpeg; "
+        "default: raw for photo_crops, tiff for the others",
         flag_values=flags,
     )
     absl_flags.DEFINE_integer("quality", 95, "of jpeg crops", lower_bound=1, upper_bound=100, flag_values=flags)
@@ -169,6 +169,7 @@ def _source_row(kind: str) -> sources.Source:
 
 def _storing(row: sources.Source, *, encoding: str | None, image_size: int | None, quality: int) -> writing.Storing:
     encoding = encoding or row.encoding
+    images.require_codec(encoding)
     if encoding == "original":
         return writing.Storing(encoding, None, quality)
     image_size = image_size or row.image_size
