@@ -191,20 +191,21 @@ def peak_bytes() -> int:
     return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def save(what: str, config: Mapping[str, Any], rows: Any, *, out: pathlib.Path | None = None) -> None:
+def save(what: str, config: Mapping[str, Any], rows: Any, *, out: pathlib.Path | None = None, clock: str | None = None) -> None:
     """Writes the run to `benchmarks/results/WHAT_DEVICE.json` (or `out`), with all that is needed to repeat it."""
     device = jax.devices()[0]
     kind = "cpu" if on_cpu() else device.device_kind.replace(" ", "_").lower()
     run = {
         "what": what,
         "command": _command(),
-        "revision": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain", "--", "dip_jax") else ""),
+        "revision": _git("rev-parse", "HEAD")
+        + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", "dip_jax", "benchmarks/*.py") else ""),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "hardware": {"device": device.device_kind, "devices": jax.device_count(), "cpu": _cpu_name(), "cores": os.cpu_count()},
         "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), "jax": jax.__version__, **_plugin_versions()},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "clock": "process CPU seconds" if on_cpu() else "wall seconds",
+        "clock": clock or ("process CPU seconds" if on_cpu() else "wall seconds"),
         "config": dict(config),
         "rows": rows,
     }

@@ -1,8 +1,8 @@
 """The training step: images/s, TFLOP/s, share of the peak, memory and compile time of each variant; the loop against the step.
 
-    python benchmarks/step.py                                     the demo's step on two CPU cores
+    python benchmarks/step.py                                     a step of DiP-tiny on two CPU cores
     python benchmarks/step.py --variants="scan:scan_layers=True;unroll:scan_layers=False,remat=none"
-    python benchmarks/step.py --loop=datasets/photo_crops         the demo's loop beside its bare step, chunk by chunk
+    python benchmarks/step.py --loop=datasets/photo_crops         its loop beside the bare step, chunk by chunk
     python benchmarks/step.py --gpu --rounds=10                   DiP-XL/16, 256 px, bfloat16: one call on a GPU
 
 A variant is name:key=value,... of fields of `config.Model`, and batch. All run in turn. TFLOP/s are three forward passes by

@@ -24,11 +24,11 @@ def get_config() -> ConfigDict:
     config.flow.update(t_mean=-0.5)
     # A short run: many small steps at a high rate that decays, and an average that forgets the first weights.
     config.optim.update(
-        learning_rate=3e-3, warmup_steps=100, schedule="cosine", grad_clip=1.0, ema_decay=0.997, ema_warmup=True
+        learning_rate=2.5e-3, warmup_steps=200, schedule="cosine", grad_clip=1.0, ema_decay=0.998, ema_warmup=True
     )
-    config.data.update(path="datasets/photo_crops", source="photo_crops", batch_size=32, num_threads=2)
-    config.checkpoint.update(every_steps=700, keep_last=2)
+    config.data.update(path="datasets/photo_crops", source="photo_crops", batch_size=16, num_threads=2)
+    config.checkpoint.update(every_steps=550, keep_last=2)
     config.sample.update(steps=16, guidance=4.0, interval=(0.0, 0.4), batch_size=100)
     config.eval.update(reference="datasets/photo_crops/validation", num_samples=500)
-    config.train.update(steps=2100, log_every=50, sample_every=700)
+    config.train.update(steps=3300, log_every=50, sample_every=1100)
     return config

@@ -29,6 +29,7 @@ def counted(data):
 
 images.decode = counted
 writing.RECORDS_PER_SHARD = int(os.environ["SHARD"])
+writing._GRACE = 10.0
 distributed.HEARTBEAT_SECONDS = 10
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

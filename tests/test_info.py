@@ -125,6 +125,7 @@ def test_activations_follow_the_rematerialisation():
     assert sizes[2] >= 4 * n * d * layers  # at least the tokens between blocks
 
 
+@pytest.mark.slow
 def test_memory_is_divided_by_the_mesh():
     base = load("dip")
     alone, fsdp, zero = (

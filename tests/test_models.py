@@ -202,7 +202,7 @@ def test_bfloat16_stays_close_to_float32(head, place):
     assert 1e-4 < error < 0.04
 
 
-@pytest.mark.parametrize(("head", "place"), [("unet", "post_hoc"), ("attention", "hybrid")])
+@pytest.mark.parametrize(("head", "place"), [("unet", "post_hoc"), pytest.param("attention", "hybrid", marks=pytest.mark.slow)])
 def test_eight_devices_compute_what_one_does(head, place):
     model, params = small(head=head, placement=place), random_params(head=head, placement=place)
     x, t, y = batch(8)

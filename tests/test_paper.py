@@ -56,6 +56,7 @@ def test_the_committed_csv_gives_the_picture(figure, tmp_path):
     assert paper.main([figure, "--plot-only", f"--out={tmp_path}"]) == 0
     with Image.open(tmp_path / f"{figure}.png") as made, Image.open(ROOT / "docs" / "figures" / f"{figure}.png") as kept:
         assert made.size == kept.size
+        assert made.text["Source"] == kept.text["Source"]  # of these numbers, not only of much the same
         difference = np.abs(np.asarray(made.convert("L"), float) - np.asarray(kept.convert("L"), float))
     assert difference.mean() < 2.0  # another font or renderer may draw a few pixels otherwise
 
@@ -85,6 +86,9 @@ def test_a_photograph_is_overfitted_and_nothing_is_done_twice(tiny, tmp_path, mo
     monkeypatch.setattr(measure, "step_seconds", refuse)
     assert start("figure3", tmp_path / "out") == 0
     assert (tmp_path / "out" / "figure3.csv").read_bytes() == before
+    monkeypatch.setitem(scale.SCALES, "tiny", dataclasses.replace(TINY, photograph_steps=6))
+    assert start("figure3", tmp_path / "out") == Exit.USER_ERROR
+    assert "holds a run of another config (" in capsys.readouterr().err
 
 
 @pytest.mark.slow

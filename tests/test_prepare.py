@@ -1,5 +1,6 @@
 """`prepare`: folders, TFDS, the photographs; bad images, kills, restarts."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -123,7 +124,7 @@ def test_every_odd_image_is_converted_or_listed(tmp_path):
         ({"root": "hollow"}, "no files"),
         ({"root": "images", "image_size": None}, "--image_size=N"),
         ({"root": "images", "image_size": -3}, "--image_size=-3 must be positive"),
-        ({"root": "images", "out": "images"}, "exists and is not this dataset"),
+        ({"root": "images", "out": "images"}, "exists and is no dataset"),
         ({"root": "images", "out": "images/ants/000.png/x"}, "cannot write"),
         ({"source": "tfds:"}, "needs a name"),
         ({"source": "tfds:no_such_dataset"}, "no_such_dataset"),
@@ -146,8 +147,23 @@ def test_a_finished_dataset_is_left_alone(tmp_path):
     first = prepare("folder", **arguments)
     before = content(tmp_path / "out")
     assert prepare("folder", **arguments) == first and content(tmp_path / "out") == before
-    with pytest.raises(UserError, match="is not this dataset"):
+    with pytest.raises(UserError, match="exists with image_size=16 where 8 is asked"):
         prepare("folder", **arguments | {"image_size": 8})
+    with pytest.raises(UserError, match="exists with encoding=tiff where png is asked"):
+        prepare("folder", **arguments | {"encoding": "png"})
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_was_begun_in_an_encoding_goes_on_in_it(tmp_path, small_shards, monkeypatch, finished):
+    root = make_folder(tmp_path / "images")
+    arguments = {"root": str(root), "image_size": 16, "out": tmp_path / "out", "processes": 1}
+    with monkeypatch.context() as patch:
+        if not finished:
+            patch.setattr(writing, "finish", lambda *_, **__: 1 / 0)
+        with contextlib.nullcontext() if finished else pytest.raises(ZeroDivisionError):
+            prepare("folder", **arguments, encoding="png")
+    prepare("folder", **arguments)
+    assert pipeline.open_dataset(tmp_path / "out").info.encoding == "png"
 
 
 def test_unfinished_work_of_another_request_is_not_mixed_in(tmp_path):

@@ -1,5 +1,6 @@
 """The look of every picture: readable in grey, by marker and line style as much as by colour."""
 
+import hashlib
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -32,9 +33,15 @@ def figure(width: float, height: float) -> Figure:
 
 
 def save(made: Figure, path: pathlib.Path) -> None:
-    """As PNG without a date, so that the same numbers give the same file."""
+    """As PNG without a date, so that the same numbers give the same file; it carries the digest of its tables."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path, dpi=110, metadata={"Software": None})
+    made.savefig(path, dpi=110, metadata={"Software": None, "Source": digest(path)})
+
+
+def digest(path: pathlib.Path) -> str:
+    """SHA-256 of the tables from which the picture at `path` is drawn."""
+    tables = sorted(path.parent.glob(f"{path.stem}*.csv"))
+    return hashlib.sha256(b"".join(table.read_bytes() for table in tables)).hexdigest()
 
 
 def tidy(axes: Axes, *, title: str, x: str = "", y: str = "") -> None:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.paper.scale import Scale
-from dip_jax.config import Config
+from dip_jax.config import Config, difference, from_dict
 from dip_jax.data import images, photo_crops
-from dip_jax.errors import Exit, Interrupted
+from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.jobs import prepare, train
 
 
@@ -53,12 +53,24 @@ class Session:
             return measure(workdir)
 
         kept = workdir / f"{measure.__name__}.json"
+        if kept.exists():
+            self._require_same(config, workdir)
         new = not kept.exists()
         found = self.once(kept, train_and_measure)
         self._busy += time.monotonic() - began if new else 0.0
         self._done += 1
         self._tell(name, new=self._busy > 0)
         return found
+
+    @staticmethod
+    def _require_same(config: Config, workdir: pathlib.Path) -> None:
+        """Values that are kept are those of this config, or an error says what differs."""
+        before = from_dict(json.loads((workdir / "config.json").read_text()))
+        changed = [line for line in difference(before, config) if not line.startswith("data.path")]
+        if changed:
+            raise UserError(
+                f"{workdir} holds a run of another config ({'; '.join(changed)}): choose another --work, or remove it"
+            )
 
     def once(self, kept: pathlib.Path, compute: Callable[[], Any]) -> Any:
         """JSON values that are computed where the file `kept` is missing, and read from it ever after."""

@@ -29,6 +29,7 @@ from dip_jax.errors import UserError
 
 _CHUNK = 16  # most rows per unit of reading: enough to make Grain's cost per unit vanish, few enough to balance threads
 _ENDLESS = 1 << 60  # units in the stream; the iterator has no end
+_SHARED_BYTES = 1 << 16  # smaller arrays go from process to process through a pipe, which costs less than shared memory
 _NEIGHBOURS = 100  # tried in place of a bad record before giving up
 _FLIP = 1  # stream number beside the order's, under the same seed
 
@@ -259,7 +260,8 @@ def host_batches(
         options = grain.MultiprocessingOptions(
             num_workers=data.num_workers, per_worker_buffer_size=max(2, data.prefetch * per_batch // data.num_workers)
         )
-        stream = stream.mp_prefetch(options, worker_init_fn=_start_worker)
+        shared = grain.experimental.DatasetOptions(min_shm_size=_SHARED_BYTES)
+        stream = grain.experimental.WithOptionsIterDataset(stream, shared).mp_prefetch(options, worker_init_fn=_start_worker)
     return stream.batch(per_batch, batch_fn=_join)
 
 

@@ -127,8 +127,8 @@ def prepare(
     distributed.require_same(asked)
     kind, _, argument = source.partition(":")
     row = _source_row(kind)
-    storing = _storing(row, encoding=encoding, image_size=image_size, quality=quality)
     out = pathlib.Path(out).expanduser().absolute()
+    storing = _storing(row, encoding=encoding or _begun_as(out), image_size=image_size, quality=quality)
     origin = f"{source} --from={root}" if root else source
     if distributed.agree(int(out.exists())):
         return distributed.on_main(lambda: _existing(out, origin=origin, storing=storing))
@@ -180,13 +180,32 @@ def _storing(row: sources.Source, *, encoding: str | None, image_size: int | Non
     return writing.Storing(encoding, image_size, quality)
 
 
+def _dataset_files(out: pathlib.Path) -> list[pathlib.Path]:
+    return sorted((*out.glob(shards.DATASET_FILE), *out.glob(f"*/{shards.DATASET_FILE}")))
+
+
+def _begun_as(out: pathlib.Path) -> str | None:
+    """The encoding of what is there already, so that repeating a command needs no more than the command."""
+    for file in (*_dataset_files(out), out.with_name(out.name + ".partial") / "request.json"):
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(file.read_text()).get("encoding")
+    return None
+
+
 def _existing(out: pathlib.Path, *, origin: str, storing: writing.Storing) -> Summary:
     """The summary of a dataset that is there already, if it is the one that is asked for."""
-    folders = [file.parent for file in sorted((*out.glob(shards.DATASET_FILE), *out.glob(f"*/{shards.DATASET_FILE}")))]
+    folders = [file.parent for file in _dataset_files(out)]
+    if not folders:
+        raise UserError(f"--out={out} exists and is no dataset: choose another directory or remove it")
     infos = {info.shards[0].file.partition("-")[0]: info for info in map(shards.read_info, folders)}
-    wanted = (origin, storing.encoding, storing.image_size)
-    if not infos or any((info.source, info.encoding, info.image_size) != wanted for info in infos.values()):
-        raise UserError(f"--out={out} exists and is not this dataset: choose another directory or remove it")
+    wanted = {"source": origin, "encoding": storing.encoding, "image_size": storing.image_size}
+    for key, value in wanted.items():
+        for info in infos.values():
+            if getattr(info, key) != value:
+                raise UserError(
+                    f"--out={out} exists with {key}={getattr(info, key)} where {value} is asked: choose another directory, or "
+                    "ask for what is there"
+                )
     return Summary({split: info.num_records for split, info in infos.items()}, [])
 
 
