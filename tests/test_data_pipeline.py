@@ -232,7 +232,14 @@ def test_workers_die_with_a_killed_parent(dataset, tmp_path):
     assert not any(map(runs, workers))
 
 
-def test_signals_meant_for_the_trainer_leave_its_workers_reading(dataset):
+def test_signals_meant_for_the_trainer_leave_its_workers_reading(dataset, monkeypatch):
+    join, kinds = pipeline._join, set()
+
+    def watched(chunks):
+        kinds.update(type(array) for chunk in chunks for array in chunk.values())
+        return join(chunks)
+
+    monkeypatch.setattr(pipeline, "_join", watched)
     data = config.Data(batch_size=4, num_workers=2, num_threads=1)
     stream = iter(pipeline.host_batches(dataset, data, rows=range(4), seed=0))
     for _ in range(4):  # until both workers have started and read
@@ -247,6 +254,7 @@ def test_signals_meant_for_the_trainer_leave_its_workers_reading(dataset):
         assert found == pipeline.batch_indices(COUNT, batch_size=4, seed=0, step=step).tolist()
     stream.close()
     assert not any(worker.is_alive() for worker in workers)
+    assert kinds == {np.ndarray}  # small arrays do not pass through shared memory
 
 
 def children(pid: int, task: str) -> list[str]:
