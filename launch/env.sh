@@ -37,7 +37,7 @@ fi
 
 if [[ $JAX_PLATFORMS == cpu ]]; then
   # XLA asks for its buffers anew in every step. glibc gives large ones back to the system at once, which then clears their pages
-  # again: a fifth of the demo's step (0.27 against 0.22 s in turns). One heap that only grows keeps them.
+  # again: a fifth of a small model's step (0.27 against 0.22 s in turns). One heap that only grows keeps them.
   export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1} MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
   export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
 fi
