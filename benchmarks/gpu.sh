@@ -24,7 +24,7 @@ case "$what" in
   head) exec "$python" benchmarks/head.py --batch=64 --dtype=bfloat16 --rounds=20 "$@" ;;
   step) exec "$python" benchmarks/step.py --gpu --rounds=10 "$@" ;;
   sample) exec "$python" benchmarks/sample.py --gpu --rounds=3 "$@" ;;
-  start) exec "$python" benchmarks/start.py --size=XL --steps=100 --dtype=bfloat16 --rounds=2 "$@" ;;
+  start) exec "$python" benchmarks/start.py --size=XL --steps=100 --dtype=bfloat16 --rounds=1 "$@" ;;
   heads) exec "$python" benchmarks/heads_cost.py --batch=32 --rounds=10 --out=benchmarks/results/heads_cost_gpu "$@" ;;
   scaling) exec "$python" benchmarks/scaling.py --gpu --rounds=10 "$@" ;;
   data) exec "$python" benchmarks/data.py --what=step --config=configs/table1_160_epochs.py --batch=128 "$@" ;;
