@@ -145,7 +145,13 @@ def test_tables_are_read_as_they_were_written(tmp_path):
 
 def test_a_run_is_measured_once_and_the_budget_stops_between_runs(tmp_path, monkeypatch):
     trained, now = [], dataclasses.replace(TINY)
-    monkeypatch.setattr("dip_jax.jobs.train.train", lambda config, workdir: (trained.append(workdir.name), workdir.mkdir()))
+
+    def trains(made: config.Config, *, workdir: pathlib.Path) -> None:
+        trained.append(workdir.name)
+        workdir.mkdir()
+        (workdir / "config.json").write_text(json.dumps(config.to_dict(made)))
+
+    monkeypatch.setattr("dip_jax.jobs.train.train", trains)
     (tmp_path / "work").mkdir()
     made = session.Session(now, out=tmp_path, work=tmp_path / "work", minutes=1.0)
     made.expect(2)
