@@ -66,6 +66,7 @@ def test_a_picture_without_its_csv_is_one_line(tmp_path, capsys):
     assert "table2.csv is missing: run the experiment" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_photograph_is_overfitted_and_nothing_is_done_twice(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figure3, "MODELS", {"DiP (U-Net)": "unet"})
     monkeypatch.setattr(figure3, "PREDICTIONS", {"x": "predicts the image"})
