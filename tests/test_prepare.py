@@ -16,7 +16,7 @@ from PIL import Image
 from preparing import ROOT, command, content, make_folder
 from test_data_images import adm_crop, bad_kinds, encoded, good_kinds, photograph
 
-from dip_jax.data import photo_crops, pipeline, shards, sources, writing
+from dip_jax.data import images, photo_crops, pipeline, shards, sources, writing
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.jobs.prepare import prepare
 
@@ -43,7 +43,7 @@ def test_a_folder_becomes_a_dataset(tmp_path, small_shards):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
 
 
-@pytest.mark.parametrize("encoding", ["original", "raw", "png", "webp", "jpeg"])
+@pytest.mark.parametrize("encoding", images.ENCODINGS)
 def test_every_encoding_reads_back(tmp_path, encoding):
     root = make_folder(tmp_path / "images", per_class=1)
     prepare("folder", root=str(root), encoding=encoding, image_size=32, out=tmp_path / "out", processes=1)
@@ -164,6 +164,17 @@ def test_what_was_begun_in_an_encoding_goes_on_in_it(tmp_path, small_shards, mon
             prepare("folder", **arguments, encoding="png")
     prepare("folder", **arguments)
     assert pipeline.open_dataset(tmp_path / "out").info.encoding == "png"
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", ""])
+@pytest.mark.parametrize("file", ["out/dataset.json", "out.partial/request.json"])
+def test_damage_in_what_is_there_is_one_line(tmp_path, file, text):
+    root = make_folder(tmp_path / "images", per_class=1)
+    (tmp_path / file).parent.mkdir()
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=r"json is damaged \(") as error:
+        prepare("folder", root=str(root), image_size=16, out=tmp_path / "out", processes=1)
+    assert "\n" not in str(error.value)
 
 
 def test_unfinished_work_of_another_request_is_not_mixed_in(tmp_path):

@@ -91,17 +91,17 @@ def encode(image: Image.Image, encoding: str, *, quality: int) -> bytes:
     """Pixels as stored in a dataset: raw (uint8 rows); tiff, png, webp (lossless); jpeg (`quality`, full colour resolution)."""
     if encoding == "raw":
         return image.tobytes()
-    bare = {"icc_profile": None}  # ADM ignores profiles, and some are larger than the crop
     options = {
         # Chosen for the speed of reading, which comes once per epoch. TIFF: differences of neighbours, in one strip, under
         # Zstandard: a third of PNG's time for a tenth more bytes. PNG reads faster the smaller it is, WebP the simpler.
-        "tiff": {"compression": "zstd", "tiffinfo": {TiffImagePlugin.PREDICTOR: 2}, "strip_size": MAX_PIXELS * 3, **bare},
-        "png": {"compress_level": 6, **bare},
+        "tiff": {"compression": "zstd", "tiffinfo": {TiffImagePlugin.PREDICTOR: 2}, "strip_size": MAX_PIXELS * 3},
+        "png": {"compress_level": 6},
         "webp": {"lossless": True, "quality": 50, "method": 0},
         "jpeg": {"quality": quality, "subsampling": 0},
     }[encoding]
     buffer = io.BytesIO()
-    image.save(buffer, encoding.upper(), **options)
+    # Without the colour profile: ADM ignores profiles, and some are larger than the crop.
+    image.save(buffer, encoding.upper(), icc_profile=None, **options)
     return buffer.getvalue()
 
 

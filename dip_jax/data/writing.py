@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ from dip_jax.data import images, shards, sources, workers
 from dip_jax.errors import UserError
 
 REJECTED_FILE = "rejected.csv"
+_REQUEST_FILE = "request.json"  # what is asked of unfinished work
 RECORDS_PER_SHARD = 2048  # what a kill costs per process, at most
 _GRACE = 1.0  # seconds: a signal to a whole job may reach the writers first, and is then told as what it is
 
@@ -63,6 +65,39 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def request(folder: pathlib.Path) -> dict[str, Any] | None:
+    """What was asked of the unfinished work in `folder`; None where there is none.
+
+    Raises:
+        UserError: if the file that says it is damaged.
+    """
+    file = folder / _REQUEST_FILE
+    try:
+        return dict(json.loads(file.read_text()))
+    except OSError:  # nothing there yet; where a file cannot be read, writing it will say why
+        return None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}): remove {folder} to start afresh") from None
+
+
+def check_request(folder: pathlib.Path, asked: Mapping[str, Any]) -> None:
+    """Notes what is asked of new work in `folder`, or refuses to mix finished shards of another request with it.
+
+    Raises:
+        UserError: with the key and both values.
+    """
+    before = request(folder)
+    if before is None:
+        write_atomically(folder / _REQUEST_FILE, json.dumps(asked, indent=1))
+        return
+    for key, value in asked.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"{folder} is unfinished work with {key}={before.get(key)} where now {key}={value}: "
+                "remove it to start afresh, or repeat the command that began it"
+            )
 
 
 def plan(folder: pathlib.Path, splits: Mapping[str, sources.Split], storing: Storing) -> list[Task]:

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
-import json
 import os
 import pathlib
 import shutil
@@ -128,15 +127,20 @@ def prepare(
     kind, _, argument = source.partition(":")
     row = _source_row(kind)
     out = pathlib.Path(out).expanduser().absolute()
-    storing = _storing(row, encoding=encoding or _begun_as(out), image_size=image_size, quality=quality)
+    partial = out.with_name(out.name + ".partial")
+    encoding = encoding or _begun_as(out, partial)
+    storing = _storing(row, encoding=encoding, image_size=image_size, quality=quality)
     origin = f"{source} --from={root}" if root else source
     if distributed.agree(int(out.exists())):
         return distributed.on_main(lambda: _existing(out, origin=origin, storing=storing))
-    partial = out.with_name(out.name + ".partial")
 
     def open_source() -> Mapping[str, sources.Split]:
         with _explained(partial):
             return row.open(argument, root, storing.image_size, partial / "scratch")
+
+    def check() -> None:
+        with _explained(partial):
+            writing.check_request(partial, request)
 
     def plan() -> list[writing.Task]:
         with _explained(partial):
@@ -153,7 +157,7 @@ def prepare(
         splits = distributed.on_all(lambda: built or open_source())
         request = _request(origin, splits, storing)
         distributed.require_same(request)
-        distributed.on_main(lambda: _check_request(partial, request))
+        distributed.on_main(check)
         distributed.on_main(lambda: writing.sweep(partial))
         tasks = distributed.on_all(plan)
         distributed.on_all(write)
@@ -184,12 +188,11 @@ def _dataset_files(out: pathlib.Path) -> list[pathlib.Path]:
     return sorted((*out.glob(shards.DATASET_FILE), *out.glob(f"*/{shards.DATASET_FILE}")))
 
 
-def _begun_as(out: pathlib.Path) -> str | None:
+def _begun_as(out: pathlib.Path, partial: pathlib.Path) -> str | None:
     """The encoding of what is there already, so that repeating a command needs no more than the command."""
-    for file in (*_dataset_files(out), out.with_name(out.name + ".partial") / "request.json"):
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads(file.read_text()).get("encoding")
-    return None
+    for file in _dataset_files(out):
+        return shards.read_info(file.parent).encoding
+    return (writing.request(partial) or {}).get("encoding")
 
 
 def _existing(out: pathlib.Path, *, origin: str, storing: writing.Storing) -> Summary:
@@ -258,22 +261,6 @@ def _request(origin: str, splits: Mapping[str, sources.Split], storing: writing.
         "pillow": PIL.__version__,
         **dataclasses.asdict(storing),
     }
-
-
-def _check_request(partial: pathlib.Path, request: Mapping[str, Any]) -> None:
-    """Refuses to mix finished shards of another request with this one's."""
-    file = partial / "request.json"
-    if file.exists():
-        before = json.loads(file.read_text())
-        for key, value in request.items():
-            if before.get(key) != value:
-                raise UserError(
-                    f"{partial} is unfinished work with {key}={before.get(key)} where now {key}={value}: "
-                    "remove it to start afresh, or repeat the command that began it"
-                )
-    else:
-        with _explained(partial):
-            writing.write_atomically(file, json.dumps(request, indent=1))
 
 
 def _publish(
