@@ -231,17 +231,20 @@ def step(scratch: pathlib.Path) -> list[dict]:
         streams = {dataset.info.encoding: pipeline.batches(dataset, data, **where) for dataset in datasets}
         constant = itertools.repeat(next(next(iter(streams.values()))))
         seconds = {name: [] for name in ("constant", *streams)}
+
+        def take_steps(name: str, count: int) -> None:
+            nonlocal carry
+            for _ in range(count):
+                carry, metrics = train_step(carry, next(streams.get(name, constant)), key)
+            jax.block_until_ready(metrics)
+
         for turn in range(ROUNDS.value + 1):
             for name, values in seconds.items():
                 settle()
                 if not measuring.on_cpu():  # what is read ahead by now must not hide that reading is too slow
-                    for _ in range(4 * data.prefetch):
-                        carry, metrics = train_step(carry, next(streams.get(name, constant)), key)
-                    jax.block_until_ready(metrics)
+                    take_steps(name, 4 * data.prefetch)
                 cpu, wall = cpu_seconds(), time.perf_counter()
-                for _ in range(STEPS.value):
-                    carry, metrics = train_step(carry, next(streams.get(name, constant)), key)
-                jax.block_until_ready(metrics)
+                take_steps(name, STEPS.value)
                 wall = time.perf_counter() - wall
                 if turn:  # the first compiles
                     values.append((settle() - cpu if measuring.on_cpu() else wall) / STEPS.value)

@@ -155,6 +155,15 @@ def make_model(size: str, image_size: int, settings: Mapping[str, str], **fields
     return dip.from_config(with_settings(base, settings))
 
 
+def drawing_weights(model: dip.DiP) -> Any:
+    """Weights that draw something: those of `model.init` say zero, because the head's last layer starts there."""
+
+    def make(key):
+        return jax.tree.map(lambda p: p + 0.02 * jax.random.normal(key, p.shape), model.init(key))
+
+    return jax.block_until_ready(jax.jit(make)(jax.random.key(0)))
+
+
 def trajectory(model: dip.DiP, sample: config.Sample, *, ahead: bool) -> Callable:
     """(params, labels) -> the samples, to be jitted; modulations made before the first step (`ahead`) or in every one."""
 
@@ -199,7 +208,7 @@ def save(what: str, config: Mapping[str, Any], rows: Any, *, out: pathlib.Path |
         "what": what,
         "command": _command(),
         "revision": _git("rev-parse", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", "dip_jax", "benchmarks/*.py") else ""),
+        + ("+changes" if _git("status", "--porcelain", "--", "dip_jax", "benchmarks/*.py") else ""),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "hardware": {"device": device.device_kind, "devices": jax.device_count(), "cpu": _cpu_name(), "cores": os.cpu_count()},
         "load": os.getloadavg()[0],

@@ -65,9 +65,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="JSON file; a run is added to those in it")
     options = parser.parse_args()
     model = dip.build(f"DiP-{options.size}/16", image_size=options.image_size, dtype=options.dtype)
-    key = jax.random.key(1)
-    params = jax.jit(lambda: jax.tree.map(lambda p: p + 0.02 * jax.random.normal(key, p.shape), model.init(key)))()
-    times, images = measure(compile_variants(model, params, options), options.rounds)
+    times, images = measure(compile_variants(model, measuring.drawing_weights(model), options), options.rounds)
     result: dict[str, Any] = {key: getattr(options, key) for key in ("size", "image_size", "batch", "steps", "dtype", "rounds")}
     result |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "python": platform.python_version()}
     for name, taken in times.items():

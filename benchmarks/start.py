@@ -31,7 +31,6 @@ from dip_jax import config
 from dip_jax.models import dip
 
 MODES = ("cold", "cache", "ahead")
-CONFIG = ("size", "dtype", "image_size", "steps", "rounds")
 
 
 def start(mode: str, folder: pathlib.Path, options: argparse.Namespace) -> dict[str, float]:
@@ -41,8 +40,7 @@ def start(mode: str, folder: pathlib.Path, options: argparse.Namespace) -> dict[
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     model = dip.build(f"DiP-{options.size}/16", image_size=options.image_size, dtype=options.dtype)
-    params = jax.jit(lambda key: jax.tree.map(lambda p: p + 0.02 * jax.random.normal(key, p.shape), model.init(key)))
-    params = jax.block_until_ready(params(jax.random.key(0)))  # not the initial ones: their head draws nothing
+    params = measuring.drawing_weights(model)
     draw = measuring.trajectory(model, config.Sample(steps=options.steps, batch_size=1), ahead=True)
     labels, file = jnp.zeros(1, jnp.int32), folder / "executable"
     times = [time.perf_counter()]
@@ -100,7 +98,8 @@ def main() -> None:
     header = ("start", "trace s", "compile or load s", "first run s", "first sample s")
     keys = ("mode", "trace", "compile_or_load", "first_run", "first_sample")
     print(measuring.table(header, [[row[key] for key in keys] for row in rows]))
-    measuring.save("start", {key: str(getattr(options, key)) for key in CONFIG}, rows, out=options.out, clock="wall seconds")
+    asked = {key: str(value) for key, value in vars(options).items() if key not in ("out", "mode", "folder")}
+    measuring.save("start", asked, rows, out=options.out, clock="wall seconds")
 
 
 if __name__ == "__main__":

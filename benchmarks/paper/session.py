@@ -53,24 +53,14 @@ class Session:
             return measure(workdir)
 
         kept = workdir / f"{measure.__name__}.json"
-        if kept.exists():
-            self._require_same(config, workdir)
         new = not kept.exists()
+        if not new:
+            _require_same(config, workdir)
         found = self.once(kept, train_and_measure)
         self._busy += time.monotonic() - began if new else 0.0
         self._done += 1
         self._tell(name, new=self._busy > 0)
         return found
-
-    @staticmethod
-    def _require_same(config: Config, workdir: pathlib.Path) -> None:
-        """Values that are kept are those of this config, or an error says what differs."""
-        before = from_dict(json.loads((workdir / "config.json").read_text()))
-        changed = [line for line in difference(before, config) if not line.startswith("data.path")]
-        if changed:
-            raise UserError(
-                f"{workdir} holds a run of another config ({'; '.join(changed)}): choose another --work, or remove it"
-            )
 
     def once(self, kept: pathlib.Path, compute: Callable[[], Any]) -> Any:
         """JSON values that are computed where the file `kept` is missing, and read from it ever after."""
@@ -119,3 +109,11 @@ class Session:
         spent = (time.monotonic() - self._started) / 60
         left = f", about {self._busy / self._done / 60 * (self._total - self._done):.1f} min left" if new else ""
         print(f"[{self._done}/{self._total}] {name}: {spent:.1f} min spent{left}", file=sys.stderr, flush=True)
+
+
+def _require_same(config: Config, workdir: pathlib.Path) -> None:
+    """Values that are kept are those of this config, or an error says what differs."""
+    before = from_dict(json.loads((workdir / "config.json").read_text()))
+    changed = [line for line in difference(before, config) if not line.startswith("data.path")]
+    if changed:
+        raise UserError(f"{workdir} holds a run of another config ({'; '.join(changed)}): choose another --work, or remove it")
