@@ -1,6 +1,6 @@
 """What each Patch Detailer Head costs against DiT-only: time and memory of forward and forward + backward (Table 2).
 
-    python benchmarks/heads_cost.py [--size=XL] [--rounds=3] [--out=benchmarks/results/heads_cost]
+    python benchmarks/heads_cost.py [--size=XL] [--heads=none,unet] [--rounds=3] [--out=benchmarks/results/heads_cost]
     python benchmarks/heads_cost.py --rounds=0      FLOPs and saved activations only: seconds on any machine
 
 All variants share one backbone's weights and run in turn, round after round, so that a busy machine disturbs all alike; a time
@@ -11,17 +11,14 @@ memory.
 
 import argparse
 import dataclasses
-import json
+import functools
 import pathlib
 import platform
-import statistics
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import measuring
 
 from dip_jax import cost
 from dip_jax.models.dip import build, init_backbone
@@ -59,32 +56,22 @@ def inputs(batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return x, jnp.full((batch,), 0.5), jnp.zeros((batch,), jnp.int32)
 
 
-def seconds(compiled, params, batch: int) -> float:
-    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    operands = inputs(batch)
-    jax.block_until_ready(operands)
-    start = clock()
-    jax.block_until_ready(compiled(params, *operands))
-    return clock() - start
-
-
-def measure(size: str, batch: int, rounds: int) -> dict:
+def measure(heads: list[str], size: str, batch: int, rounds: int) -> dict:
     variants: dict[str, Variant] = {}
-    for head in HEADS:
+    for head in heads:
         shared = variants["none"].params if variants else {}
         variants[head] = compile_variant(head, size, batch, shared)
         print(f"compiled {head}", file=sys.stderr, flush=True)
-    times = {head: {"forward": [], "train": []} for head in HEADS}
-    for turn in range(rounds + 1):
-        for head, variant in variants.items():
-            for kind in ("forward", "train"):
-                spent = seconds(getattr(variant, kind), variant.params, batch)
-                if turn:  # the first round warms caches
-                    times[head][kind].append(spent)
-        print(f"round {turn} of {rounds}", file=sys.stderr, flush=True)
+    operands = inputs(batch)
+    calls = {
+        (head, kind): functools.partial(getattr(variant, kind), variant.params, *operands)
+        for head, variant in variants.items()
+        for kind in ("forward", "train")
+    }
+    times = measuring.interleave(calls, rounds=rounds)
     rows = {}
     for head, variant in variants.items():
-        rows[head] = {f"{kind}_seconds": statistics.median(times[head][kind]) for kind in ("forward", "train")}
+        rows[head] = {f"{kind}_seconds": times[head, kind]["seconds"] for kind in ("forward", "train")}
         rows[head] |= {
             "forward_bytes": variant.forward.memory_analysis().temp_size_in_bytes,
             "train_bytes": variant.train.memory_analysis().temp_size_in_bytes,
@@ -93,16 +80,16 @@ def measure(size: str, batch: int, rounds: int) -> dict:
     return {
         "model": f"DiP-{size}/16, 256 x 256, batch {batch}",
         "device": f"{device.device_kind}, {platform.machine()}, jax {jax.__version__}",
-        "clock": "process CPU seconds" if device.platform == "cpu" else "wall seconds",
+        "clock": "process CPU seconds" if measuring.on_cpu() else "wall seconds",
         "rounds": rounds,
         "rows": rows,
     }
 
 
-def plan(size: str) -> dict:
+def plan(heads: list[str], size: str) -> dict:
     """What needs no run: forward FLOPs and activations kept for the backward pass, per image, bfloat16, nothing recomputed."""
     rows = {}
-    for head in HEADS:
+    for head in heads:
         model = build(f"DiP-{size}/16", head=head, remat="none", head_remat=False)
         flops = cost.forward_flops(model.config)
         saved = cost.activation_bytes_per_image(model)
@@ -129,17 +116,21 @@ def plan_lines(facts: dict) -> list[str]:
         ]
         for head, row in rows.items()
     ]
-    twice = rows["attention"]["saved_bytes"] / rows["unet"]["saved_bytes"]
-    return [
+    lines = [
         "## By arithmetic",
         "",
         f"{facts['model']}, per image, bfloat16, nothing recomputed; ratios to DiT-only.",
         "",
         *table(header, cells),
         "",
-        f"A training step with the attention head keeps {twice:.2f} times what the U-Net keeps (the paper: about twice).",
-        "",
     ]
+    if {"attention", "unet"} <= {*rows}:
+        twice = rows["attention"]["saved_bytes"] / rows["unet"]["saved_bytes"]
+        lines += [
+            f"A training step with the attention head keeps {twice:.2f} times what the U-Net keeps (the paper: about twice).",
+            "",
+        ]
+    return lines
 
 
 def measured_lines(facts: dict) -> list[str]:
@@ -162,8 +153,7 @@ def measured_lines(facts: dict) -> list[str]:
                 f"{row['train_bytes'] / 2**20:.0f}",
             ]
         )
-    slower = rows["coord_mlp"]["train_seconds"] / rows["unet"]["train_seconds"]
-    return [
+    lines = [
         "## Measured",
         "",
         f"{facts['model']}; {facts['device']}; median {facts['clock']} of {facts['rounds']} interleaved rounds.",
@@ -172,28 +162,34 @@ def measured_lines(facts: dict) -> list[str]:
         "",
         *table(header, cells),
         "",
-        f"The coordinate MLP's training step takes {slower:.2f} times the U-Net's (the paper: 123 / 92 = 1.34).",
-        "",
     ]
+    if {"coord_mlp", "unet"} <= {*rows}:
+        slower = rows["coord_mlp"]["train_seconds"] / rows["unet"]["train_seconds"]
+        lines += [f"The coordinate MLP's training step takes {slower:.2f} times the U-Net's (the paper: 123 / 92 = 1.34).", ""]
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="XL")
+    parser.add_argument("--size", default="XL", help="row of config.SIZES")
+    parser.add_argument("--heads", default=",".join(HEADS), help="some of them, none first")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, help="writes OUT.json and OUT.md")
     arguments = parser.parse_args()
-    facts = {"plan": plan(arguments.size)}
+    heads = arguments.heads.split(",")
+    if heads[0] != "none" or not {*heads} <= {*HEADS}:
+        parser.error(f"--heads={arguments.heads}: none, then some of {', '.join(HEADS[1:])}")
+    facts = {"plan": plan(heads, arguments.size)}
     lines = ["# Cost of each head against DiT-only (Table 2)", "", *plan_lines(facts["plan"])]
     if arguments.rounds:
-        facts["measured"] = measure(arguments.size, arguments.batch, arguments.rounds)
+        facts["measured"] = measure(heads, arguments.size, arguments.batch, arguments.rounds)
         lines += measured_lines(facts["measured"])
     text = "\n".join(lines).rstrip() + "\n"
     print(text)
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+        asked = {key: str(value) for key, value in vars(arguments).items() if key != "out"}
+        measuring.save("heads_cost", asked, facts, out=arguments.out.with_suffix(".json"))
         arguments.out.with_suffix(".md").write_text(text)
 
 

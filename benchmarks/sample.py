@@ -22,7 +22,7 @@ import numpy as np
 from dip_jax import config, drawing, sampler
 
 CPU = (
-    "b1:batch=1;b1_scan:batch=1,scan_layers=True;b1_everywhere:batch=1,interval=0.0/1.0;b1_unguided:batch=1,guidance=1.0;"
+    "b1:batch=1;b1_scan:batch=1,scan_layers=True;b1_half:batch=1,interval=0.5/1.0;b1_unguided:batch=1,guidance=1.0;"
     "b8:batch=8;b32:batch=32"
 )
 GPU = (
