@@ -16,17 +16,19 @@ from dip_jax.models.detailers import unet_depth
 
 
 def forward_flops(model: config.Model) -> dict[str, int]:
-    """FLOPs of one forward pass of one image, by part (condition, patch_embed, blocks, inject, inject_head, head, final)."""
+    """FLOPs of one forward pass of one image, by part of the network; 0 for a part that it does not have."""
     d, p = model.width, model.patch_size
     n = model.image_size[0] * model.image_size[1] // p**2
     inner = int(2 * int(4 * d) / 3)
     layer = n * (4 * d * d + 3 * d * inner) + 2 * n * n * d + 6 * d * d
     injected = model.placement in ("intermediate", "hybrid")
+    before = model.inject_after if injected else model.depth
     head = HEAD_PRODUCTS[model.head](model, n)
     products = {
         "condition": 256 * d + d * d,
         "patch_embed": n * 3 * p * p * d,
-        "blocks": model.depth * layer,
+        "blocks": before * layer,
+        "blocks_after": (model.depth - before) * layer,
         "inject": n * 3 * p * p * d if injected else 0,
         "inject_head": head if injected else 0,
         "head": 0 if model.placement == "intermediate" else head,

@@ -87,8 +87,9 @@ def test_flops_are_those_of_the_traced_products(head, place):
     args = (jax.ShapeDtypeStruct((1, h, w, 3), "float32"), jax.ShapeDtypeStruct((1,), "float32"))
     params = jax.eval_shape(model.init, jax.random.key(0))
     jaxpr = jax.make_jaxpr(model.apply)(params, *args, jax.ShapeDtypeStruct((1,), "int32"))
-    counted = sum(cost.forward_flops(model.config).values())
-    traced = _products(jaxpr.jaxpr)
+    parts = cost.forward_flops(model.config)
+    assert {part for part, count in parts.items() if count} == params.keys()
+    counted, traced = sum(parts.values()), _products(jaxpr.jaxpr)
     assert counted == pytest.approx(traced, rel=0.05 if head == "unet" else 1e-9)
 
 
