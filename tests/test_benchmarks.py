@@ -2,8 +2,10 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,13 @@ from dip_jax.errors import UserError
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 
+import heads_cost
 import measuring
+import sample_levers
 import scaling
 import start
+
+BENCHMARKS = pathlib.Path(start.__file__).parent
 
 
 def test_variants_are_read_by_the_types_of_the_config():
@@ -36,6 +42,19 @@ def test_variants_take_turns_and_the_first_round_does_not_count(capsys):
     times = measuring.interleave(calls, rounds=3)
     assert "".join(order) == "abbaabba"
     assert all(row["low"] <= row["seconds"] <= row["high"] for row in times.values())
+    assert times["a"]["speed_low"] == times["a"]["speed"] == times["a"]["speed_high"] == 1
+
+
+def test_speed_is_taken_round_by_round_beside_the_first(monkeypatch):
+    clock, spent = [0.0], {"a": iter((9, 2, 8, 3)), "b": iter((9, 1, 2, 3))}
+    monkeypatch.setattr(time, "process_time", lambda: clock[0])
+
+    def call(name: str) -> None:
+        clock[0] += next(spent[name])
+
+    times = measuring.interleave({name: lambda name=name: call(name) for name in "ab"}, rounds=3)
+    assert (times["a"]["seconds"], times["b"]["seconds"], times["b"]["speed"]) == (3, 2, 2)
+    assert (times["b"]["speed_low"], times["b"]["speed_high"]) == (1, 4)
 
 
 def test_a_build_knows_its_flops_and_comes_from_the_cache(tmp_path):
@@ -60,6 +79,57 @@ def test_a_run_is_recorded_with_all_that_repeats_it(tmp_path):
     run = json.loads(out.read_text())
     assert set(run) >= {"command", "revision", "hardware", "versions", "config", "rows", "load", "clock"}
     assert run["versions"]["jax"] == jax.__version__ and len(run["revision"].split("+")[0]) == 40
+
+
+@pytest.mark.parametrize(
+    ("status", "suffix"), [("", ""), (" M dip_jax/flow.py", "+changes"), ("?? benchmarks/new.py", "+changes")]
+)
+def test_a_run_of_changed_or_untracked_code_says_so(tmp_path, monkeypatch, status, suffix):
+    def git(*arguments: str) -> str:
+        if arguments[0] == "rev-parse":
+            return "0" * 40
+        return "" if "--untracked-files=no" in arguments and status.startswith("??") else status
+
+    monkeypatch.setattr(measuring, "_git", git)
+    path = measuring.save("x", {}, [], out=tmp_path / "run.json")
+    assert json.loads(path.read_text())["revision"] == "0" * 40 + ("+changes" if status else "")
+
+
+def test_what_gpu_sh_offers_is_what_it_runs():
+    text = (BENCHMARKS / "gpu.sh").read_text()
+    usage = re.search(r"gpu.sh ([a-z|]+) \[", text)[1].split("|")
+    shown = re.findall(r"^#   ([a-z]+)  ", text, re.MULTILINE)
+    runs = dict(re.findall(r"^  ([a-z]+)\) exec \S+ (\S+)", text, re.MULTILINE))
+    said = re.search(r"it is one of ([a-z, ]+)", text)[1].split(", ")
+    assert usage == shown == list(runs) == said
+    assert all((BENCHMARKS.parent / script).is_file() for script in runs.values())
+    done = subprocess.run(["bash", BENCHMARKS / "gpu.sh", "--help"], check=True, stdout=subprocess.PIPE, text=True)
+    assert all(f"  {name} " in done.stdout for name in usage)
+
+
+@pytest.mark.slow
+def test_levers_of_sampling_change_no_image(tmp_path, monkeypatch):
+    flags = ["--size=tiny", "--image_size=32", "--steps=2", "--rounds=1", "--dtype=bfloat16", f"--out={tmp_path / 'run.json'}"]
+    monkeypatch.setattr(sys, "argv", ["sample_levers.py", *flags])
+    sample_levers.main()
+    rows = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert {row["variant"]: row["difference"] for row in rows} == {"plain": 0, "ahead": 0, "cast": 0, "both": 0}
+    assert all(row["seconds"] > 0 and row["speed"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_cost_of_heads_is_theirs_beside_none(tmp_path, monkeypatch, capsys):
+    flags = ["--size=tiny", "--heads=none,unet", "--rounds=1", f"--out={tmp_path / 'run.json'}"]
+    monkeypatch.setattr(sys, "argv", ["heads_cost.py", *flags])
+    heads_cost.main()
+    rows = json.loads((tmp_path / "run.json").read_text())["rows"]["measured"]["rows"]
+    assert rows["unet"]["forward_seconds"] > 2 * rows["none"]["forward_seconds"] > 0  # twelve times the products
+    assert rows["unet"]["train_bytes"] > rows["none"]["train_bytes"] > 0
+    assert "| unet |" in (tmp_path / "run.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["heads_cost.py", "--heads=unet"])
+    with pytest.raises(SystemExit):
+        heads_cost.main()
+    assert "none, then some of mlp" in capsys.readouterr().err
 
 
 @pytest.mark.slow

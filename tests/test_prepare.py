@@ -125,6 +125,7 @@ def test_every_odd_image_is_converted_or_listed(tmp_path):
         ({"root": "images", "image_size": None}, "--image_size=N"),
         ({"root": "images", "image_size": -3}, "--image_size=-3 must be positive"),
         ({"root": "images", "out": "images"}, "exists and is no dataset"),
+        ({"root": "images", "out": "/"}, "exists and is no dataset"),
         ({"root": "images", "out": "images/ants/000.png/x"}, "cannot write"),
         ({"source": "tfds:"}, "needs a name"),
         ({"source": "tfds:no_such_dataset"}, "no_such_dataset"),
@@ -166,15 +167,36 @@ def test_what_was_begun_in_an_encoding_goes_on_in_it(tmp_path, small_shards, mon
     assert pipeline.open_dataset(tmp_path / "out").info.encoding == "png"
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", ""])
-@pytest.mark.parametrize("file", ["out/dataset.json", "out.partial/request.json"])
-def test_damage_in_what_is_there_is_one_line(tmp_path, file, text):
+@pytest.mark.parametrize("encoding", [None, "tiff"])
+@pytest.mark.parametrize("text", ["[1]", "{"])
+@pytest.mark.parametrize("name", ["out/dataset.json", "out.partial/request.json"])
+def test_damage_in_what_is_there_is_one_line(tmp_path, name, text, encoding):
     root = make_folder(tmp_path / "images", per_class=1)
-    (tmp_path / file).parent.mkdir()
-    (tmp_path / file).write_text(text)
+    file = tmp_path / name
+    file.parent.mkdir()
+    file.write_text(text)
     with pytest.raises(UserError, match=r"json is damaged \(") as error:
-        prepare("folder", root=str(root), image_size=16, out=tmp_path / "out", processes=1)
-    assert "\n" not in str(error.value)
+        prepare("folder", root=str(root), image_size=16, out=tmp_path / "out", processes=1, encoding=encoding)
+    assert "\n" not in str(error.value) and file.read_text() == text
+
+
+@pytest.mark.parametrize("encoding", [None, "tiff"])
+def test_a_request_that_cannot_be_read_is_not_replaced(tmp_path, monkeypatch, encoding):
+    root = make_folder(tmp_path / "images", per_class=1)
+    file = tmp_path / "out.partial" / "request.json"
+    file.parent.mkdir()
+    file.write_bytes(b"{}")
+    read = pathlib.Path.read_text
+
+    def refuse(path, *args, **kwargs):
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(file))
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(pathlib.Path, "read_text", refuse)
+    with pytest.raises(UserError, match=r"Permission denied: .*request\.json"):
+        prepare("folder", root=str(root), image_size=16, out=tmp_path / "out", processes=1, encoding=encoding)
+    assert file.read_bytes() == b"{}"
 
 
 def test_unfinished_work_of_another_request_is_not_mixed_in(tmp_path):

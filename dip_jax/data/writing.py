@@ -67,7 +67,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def request(folder: pathlib.Path) -> dict[str, Any] | None:
+def read_request(folder: pathlib.Path) -> dict[str, Any] | None:
     """What was asked of the unfinished work in `folder`; None where there is none.
 
     Raises:
@@ -76,19 +76,19 @@ def request(folder: pathlib.Path) -> dict[str, Any] | None:
     file = folder / _REQUEST_FILE
     try:
         return dict(json.loads(file.read_text()))
-    except OSError:  # nothing there yet; where a file cannot be read, writing it will say why
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}: {error}): remove {folder} to start afresh") from None
 
 
-def check_request(folder: pathlib.Path, asked: Mapping[str, Any]) -> None:
+def note_request(folder: pathlib.Path, *, asked: Mapping[str, Any]) -> None:
     """Notes what is asked of new work in `folder`, or refuses to mix finished shards of another request with it.
 
     Raises:
         UserError: with the key and both values.
     """
-    before = request(folder)
+    before = read_request(folder)
     if before is None:
         write_atomically(folder / _REQUEST_FILE, json.dumps(asked, indent=1))
         return

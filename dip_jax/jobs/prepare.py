@@ -127,9 +127,14 @@ def prepare(
     kind, _, argument = source.partition(":")
     row = _source_row(kind)
     out = pathlib.Path(out).expanduser().absolute()
-    partial = out.with_name(out.name + ".partial")
-    encoding = encoding or _begun_as(out, partial)
-    storing = _storing(row, encoding=encoding, image_size=image_size, quality=quality)
+    partial = out.parent / f"{out.name}.partial"
+
+    def decide() -> writing.Storing:
+        with _explained(partial):
+            begun = _begun_as(out, partial)
+        return _storing(row, encoding=encoding or begun, image_size=image_size, quality=quality)
+
+    storing = distributed.on_all(decide)
     origin = f"{source} --from={root}" if root else source
     if distributed.agree(int(out.exists())):
         return distributed.on_main(lambda: _existing(out, origin=origin, storing=storing))
@@ -138,9 +143,9 @@ def prepare(
         with _explained(partial):
             return row.open(argument, root, storing.image_size, partial / "scratch")
 
-    def check() -> None:
+    def note() -> None:
         with _explained(partial):
-            writing.check_request(partial, request)
+            writing.note_request(partial, asked=request)
 
     def plan() -> list[writing.Task]:
         with _explained(partial):
@@ -157,7 +162,7 @@ def prepare(
         splits = distributed.on_all(lambda: built or open_source())
         request = _request(origin, splits, storing)
         distributed.require_same(request)
-        distributed.on_main(check)
+        distributed.on_main(note)
         distributed.on_main(lambda: writing.sweep(partial))
         tasks = distributed.on_all(plan)
         distributed.on_all(write)
@@ -192,7 +197,7 @@ def _begun_as(out: pathlib.Path, partial: pathlib.Path) -> str | None:
     """The encoding of what is there already, so that repeating a command needs no more than the command."""
     for file in _dataset_files(out):
         return shards.read_info(file.parent).encoding
-    return (writing.request(partial) or {}).get("encoding")
+    return (writing.read_request(partial) or {}).get("encoding")
 
 
 def _existing(out: pathlib.Path, *, origin: str, storing: writing.Storing) -> Summary:
