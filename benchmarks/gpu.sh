@@ -27,7 +27,7 @@ case "$what" in
   sample) exec "$python" benchmarks/sample.py --gpu --rounds=3 "$@" ;;
   levers) exec "$python" benchmarks/sample_levers.py --size=XL --steps=100 --dtype=bfloat16 --rounds=5 "$@" ;;
   start) exec "$python" benchmarks/start.py --size=XL --steps=100 --dtype=bfloat16 --rounds=1 "$@" ;;
-  heads) exec "$python" benchmarks/heads_cost.py --batch=32 --rounds=10 --out=benchmarks/results/heads_cost_gpu "$@" ;;
+  heads) exec "$python" benchmarks/heads_cost.py --batch=32 --rounds=10 "$@" ;;
   scaling) exec "$python" benchmarks/scaling.py --gpu --rounds=10 "$@" ;;
   data) exec "$python" benchmarks/data.py --what=step --config=configs/table1_160_epochs.py --batch=128 "$@" ;;
   *) echo "gpu.sh: '$what' is unknown: it is one of head, step, sample, levers, start, heads, scaling, data" >&2; exit 2 ;;

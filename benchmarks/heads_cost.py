@@ -1,6 +1,6 @@
 """What each Patch Detailer Head costs against DiT-only: time and memory of forward and forward + backward (Table 2).
 
-    python benchmarks/heads_cost.py [--size=XL] [--heads=none,unet] [--rounds=3] [--out=benchmarks/results/heads_cost]
+    python benchmarks/heads_cost.py [--size=XL] [--heads=none,unet] [--rounds=3]
     python benchmarks/heads_cost.py --rounds=0      FLOPs and saved activations only: seconds on any machine
 
 All variants share one backbone's weights and run in turn, round after round, so that a busy machine disturbs all alike; a time
@@ -36,7 +36,7 @@ class Variant:
 
 
 def compile_variant(head: str, size: str, batch: int, backbone: dict) -> Variant:
-    dtype = "bfloat16" if jax.default_backend() != "cpu" else "float32"
+    dtype = "float32" if measuring.on_cpu() else "bfloat16"
     model = build(f"DiP-{size}/16", head=head, dtype=dtype, head_remat=False, head_zero_init=False)
     params = (
         init_backbone(jax.jit(model.init)(jax.random.key(0)), backbone) if backbone else jax.jit(model.init)(jax.random.key(0))
@@ -64,14 +64,16 @@ def measure(heads: list[str], size: str, batch: int, rounds: int) -> dict:
         print(f"compiled {head}", file=sys.stderr, flush=True)
     operands = inputs(batch)
     calls = {
-        (head, kind): functools.partial(getattr(variant, kind), variant.params, *operands)
+        f"{head} {kind}": functools.partial(getattr(variant, kind), variant.params, *operands)
         for head, variant in variants.items()
         for kind in ("forward", "train")
     }
     times = measuring.interleave(calls, rounds=rounds)
+    keys = ("seconds", "low", "high")
     rows = {}
     for head, variant in variants.items():
-        rows[head] = {f"{kind}_seconds": times[head, kind]["seconds"] for kind in ("forward", "train")}
+        both = {kind: times[f"{head} {kind}"] for kind in ("forward", "train")}
+        rows[head] = {f"{kind}_{key}": taken[key] for kind, taken in both.items() for key in keys}
         rows[head] |= {
             "forward_bytes": variant.forward.memory_analysis().temp_size_in_bytes,
             "train_bytes": variant.train.memory_analysis().temp_size_in_bytes,
@@ -175,7 +177,7 @@ def main() -> None:
     parser.add_argument("--heads", default=",".join(HEADS), help="some of them, none first")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=pathlib.Path, help="writes OUT.json and OUT.md")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file; its table goes beside it, as .md")
     arguments = parser.parse_args()
     heads = arguments.heads.split(",")
     if heads[0] != "none" or not {*heads} <= {*HEADS}:
@@ -187,10 +189,9 @@ def main() -> None:
         lines += measured_lines(facts["measured"])
     text = "\n".join(lines).rstrip() + "\n"
     print(text)
-    if arguments.out:
-        asked = {key: str(value) for key, value in vars(arguments).items() if key != "out"}
-        measuring.save("heads_cost", asked, facts, out=arguments.out.with_suffix(".json"))
-        arguments.out.with_suffix(".md").write_text(text)
+    what = f"heads_{'cost' if arguments.rounds else 'plan'}_{arguments.size}"
+    asked = {key: str(value) for key, value in vars(arguments).items() if key != "out"}
+    measuring.save(what, asked, facts, out=arguments.out).with_suffix(".md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,10 @@ def _forget_cache() -> None:
 
 
 def interleave(calls: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, dict[str, float]]:
-    """Runs all in turn, `rounds` times after one that warms up: medians and quartiles of seconds, CPU and wall."""
+    """Runs all in turn, `rounds` times after one that warms up: medians and quartiles of seconds, CPU and wall.
+
+    "speed" is how many times as fast as the first of them, round by round: median and quartiles.
+    """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name in list(calls)[:: -1 if turn % 2 else 1]:
@@ -90,20 +93,27 @@ def interleave(calls: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[s
             if turn:
                 taken[name].append((time.process_time() - cpu, time.perf_counter() - wall))
         print(f"round {turn} of {rounds}", file=sys.stderr, flush=True)
-    return {name: _summary(pairs) for name, pairs in taken.items()}
+    first = next(iter(taken.values()))
+    return {name: _summary(pairs, first) for name, pairs in taken.items()}
 
 
-def _summary(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+def _summary(pairs: Sequence[tuple[float, float]], first: Sequence[tuple[float, float]]) -> dict[str, float]:
+    clock = 0 if on_cpu() else 1
+    speeds = [other[clock] / pair[clock] for pair, other in zip(pairs, first, strict=True)]
     cpu, wall = zip(*pairs, strict=True)
-    chosen = sorted(cpu if on_cpu() else wall)
-    quarter = len(chosen) // 4
+    seconds, speed = _quartiles(cpu if on_cpu() else wall), _quartiles(speeds)
     return {
-        "seconds": statistics.median(chosen),
-        "low": chosen[quarter],
-        "high": chosen[-1 - quarter],
+        **dict(zip(("seconds", "low", "high"), seconds, strict=True)),
+        **dict(zip(("speed", "speed_low", "speed_high"), speed, strict=True)),
         "cpu_seconds": statistics.median(cpu),
         "wall_seconds": statistics.median(wall),
     }
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """(median, lower quartile, upper quartile)."""
+    ordered, quarter = sorted(values), len(values) // 4
+    return statistics.median(ordered), ordered[quarter], ordered[-1 - quarter]
 
 
 def within(minutes: float, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -155,7 +165,7 @@ def make_model(size: str, image_size: int, settings: Mapping[str, str], **fields
     return dip.from_config(with_settings(base, settings))
 
 
-def drawing_weights(model: dip.DiP) -> Any:
+def make_drawing_weights(model: dip.DiP) -> Any:
     """Weights that draw something: those of `model.init` say zero, because the head's last layer starts there."""
 
     def make(key):
@@ -200,7 +210,9 @@ def peak_bytes() -> int:
     return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def save(what: str, config: Mapping[str, Any], rows: Any, *, out: pathlib.Path | None = None, clock: str | None = None) -> None:
+def save(
+    what: str, config: Mapping[str, Any], rows: Any, *, out: pathlib.Path | None = None, clock: str | None = None
+) -> pathlib.Path:
     """Writes the run to `benchmarks/results/WHAT_DEVICE.json` (or `out`), with all that is needed to repeat it."""
     device = jax.devices()[0]
     kind = "cpu" if on_cpu() else device.device_kind.replace(" ", "_").lower()
@@ -222,6 +234,7 @@ def save(what: str, config: Mapping[str, Any], rows: Any, *, out: pathlib.Path |
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run, indent=1) + "\n")
     print(f"written: {path}", file=sys.stderr)
+    return path
 
 
 def _command() -> str:

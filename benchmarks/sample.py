@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
         print(f"first call of {name} took {rows[name]['first_call_seconds']:.1f} s", file=sys.stderr, flush=True)
     for name, timing in measuring.interleave(calls, rounds=options.rounds).items():
         row = rows[name]
-        row |= {key: value / BATCHES for key, value in timing.items()}
+        row |= {key: value if key.startswith("speed") else value / BATCHES for key, value in timing.items()}
         rate = row["flops"] / row["seconds"]
         row |= {
             "images_per_second": row["batch"] / row["seconds"],

@@ -9,7 +9,7 @@
     both    what `drawing` does
 
 All variants run in turn, round after round. A time is the median of the process's CPU seconds, on a GPU of wall seconds, with
-its quartiles; "speed" is plain's time by the variant's. Differences of the images are printed too: sums in another order.
+its quartiles; "speed" is plain's time by the variant's, round by round, likewise. Differences of the images are printed too.
 """
 
 import argparse
@@ -29,11 +29,12 @@ from dip_jax.models import dip
 def compile_variants(options: argparse.Namespace) -> dict[str, Callable[[], jax.Array]]:
     """By name, a call that draws one batch."""
     model = dip.build(f"DiP-{options.size}/16", image_size=options.image_size, dtype=options.dtype)
-    params = measuring.drawing_weights(model)
+    params = measuring.make_drawing_weights(model)
     sample = config.Sample(steps=options.steps, batch_size=options.batch)
     indices = jnp.arange(options.batch, dtype=jnp.int32)
     calls = {}
-    for name in ("plain", "ahead") if options.dtype == "float32" else ("plain", "ahead", "cast", "both"):
+    names = ("plain", "ahead") if options.dtype == "float32" else ("plain", "both", "ahead", "cast")
+    for name, _ in measuring.within(options.minutes, dict.fromkeys(names)):
         weights = jax.jit(model.cast)(params) if name in ("cast", "both") else params
         draw = jax.jit(measuring.trajectory(model, sample, ahead=name in ("ahead", "both")))
         calls[name] = functools.partial(draw.lower(weights, indices).compile(), weights, indices)
@@ -44,12 +45,10 @@ def measure(options: argparse.Namespace) -> list[dict]:
     """A row per variant: seconds, speed and largest relative difference of the images beside plain."""
     calls = compile_variants(options)
     images = {name: np.asarray(draw()) for name, draw in calls.items()}
-    times = measuring.interleave(calls, rounds=options.rounds)
     plain = images["plain"]
     return [
-        {"variant": name, **taken, "speed": times["plain"]["seconds"] / taken["seconds"]}
-        | {"difference": float(np.abs(images[name] - plain).max() / np.abs(plain).max())}
-        for name, taken in times.items()
+        {"variant": name, **taken, "difference": float(np.abs(images[name] - plain).max() / np.abs(plain).max())}
+        for name, taken in measuring.interleave(calls, rounds=options.rounds).items()
     ]
 
 
@@ -59,10 +58,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     for name, default in (("image_size", 256), ("batch", 1), ("steps", 8), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--minutes", type=float, default=5.0, help="no further variant is compiled after so long")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     rows = measure(options)
-    keys = ("variant", "seconds", "low", "high", "speed", "difference")
+    keys = ("variant", "seconds", "low", "high", "speed", "speed_low", "speed_high", "difference")
     print(measuring.table(keys, [[row[key] for key in keys] for row in rows]))
     asked = {key: str(value) for key, value in vars(options).items() if key != "out"}
     measuring.save("sample_levers", asked, rows, out=options.out)

@@ -40,7 +40,7 @@ def start(mode: str, folder: pathlib.Path, options: argparse.Namespace) -> dict[
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     model = dip.build(f"DiP-{options.size}/16", image_size=options.image_size, dtype=options.dtype)
-    params = measuring.drawing_weights(model)
+    params = measuring.make_drawing_weights(model)
     draw = measuring.trajectory(model, config.Sample(steps=options.steps, batch_size=1), ahead=True)
     labels, file = jnp.zeros(1, jnp.int32), folder / "executable"
     times = [time.perf_counter()]
