@@ -13,8 +13,8 @@ from dip_jax.config import defaults
 def get_config() -> ConfigDict:
     config = defaults()
     config.model.update(size="tiny", image_size=(64, 64), num_classes=10, head_width=16)
-    # Amid the blocks rather than after them, the paper's choice for weeks of training: in minutes a linear last layer learns to
-    # paint what the tokens know, and a U-Net, which knows a patch by one pixel of its lowest level, does not.
+    # After the blocks is the paper's choice, for weeks of training. In minutes a linear last layer learns to paint what tokens
+    # know, and a U-Net, which hears of a patch in one pixel of its lowest level, does not: here it sits between the blocks.
     config.model.update(placement="intermediate")
     # Predicting the image rather than the velocity learns fastest when patches (768 numbers) are wider than the tokens (192);
     # the high floor keeps times close to 1, where there is little left to say, from drowning the others.
@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     )
     config.data.update(path="datasets/photo_crops", source="photo_crops", batch_size=16, num_threads=2)
     config.checkpoint.update(every_steps=550, keep_last=2)
+    # The layout comes first, in the noise: more steps there, and guidance until only detail is left.
     config.sample.update(steps=16, t_shift=2.0, guidance=4.0, interval=(0.0, 0.7), batch_size=100)
     config.eval.update(reference="datasets/photo_crops/validation", num_samples=500)
     config.train.update(steps=3300, log_every=50, sample_every=1100)
