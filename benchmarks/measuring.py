@@ -226,6 +226,7 @@ def save(
         "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), "jax": jax.__version__, **_plugin_versions()},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "clock": clock or ("process CPU seconds" if on_cpu() else "wall seconds"),
         "config": dict(config),
         "rows": rows,
