@@ -81,10 +81,8 @@ def test_a_run_is_recorded_with_all_that_repeats_it(tmp_path):
     assert run["versions"]["jax"] == jax.__version__ and len(run["revision"].split("+")[0]) == 40
 
 
-@pytest.mark.parametrize(
-    ("status", "suffix"), [("", ""), (" M dip_jax/flow.py", "+changes"), ("?? benchmarks/new.py", "+changes")]
-)
-def test_a_run_of_changed_or_untracked_code_says_so(tmp_path, monkeypatch, status, suffix):
+@pytest.mark.parametrize("status", ["", " M dip_jax/flow.py", "?? benchmarks/new.py"])
+def test_a_run_of_changed_or_untracked_code_says_so(tmp_path, monkeypatch, status):
     def git(*arguments: str) -> str:
         if arguments[0] == "rev-parse":
             return "0" * 40

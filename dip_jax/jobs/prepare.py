@@ -129,32 +129,31 @@ def prepare(
     out = pathlib.Path(out).expanduser().absolute()
     partial = out.parent / f"{out.name}.partial"
 
+    @_explained(partial)
     def decide() -> writing.Storing:
-        with _explained(partial):
-            begun = _begun_as(out, partial)
-        return _storing(row, encoding=encoding or begun, image_size=image_size, quality=quality)
+        return _storing(row, encoding=encoding or _begun_as(out, partial), image_size=image_size, quality=quality)
 
     storing = distributed.on_all(decide)
     origin = f"{source} --from={root}" if root else source
     if distributed.agree(int(out.exists())):
         return distributed.on_main(lambda: _existing(out, origin=origin, storing=storing))
 
+    @_explained(partial)
     def open_source() -> Mapping[str, sources.Split]:
-        with _explained(partial):
-            return row.open(argument, root, storing.image_size, partial / "scratch")
+        return row.open(argument, root, storing.image_size, partial / "scratch")
 
+    @_explained(partial)
     def note() -> None:
-        with _explained(partial):
-            writing.note_request(partial, asked=request)
+        writing.note_request(partial, asked=request)
 
+    @_explained(partial)
     def plan() -> list[writing.Task]:
-        with _explained(partial):
-            return writing.plan(partial, splits, storing)
+        return writing.plan(partial, splits, storing)
 
+    @_explained(partial)
     def write() -> None:
-        with _explained(partial):
-            own = tasks[distributed.index() :: distributed.count()]
-            writing.write_all(own, processes=processes or len(os.sched_getaffinity(0)), shown=distributed.is_main())
+        own = tasks[distributed.index() :: distributed.count()]
+        writing.write_all(own, processes=processes or len(os.sched_getaffinity(0)), shown=distributed.is_main())
 
     with contextlib.ExitStack() as stack:
         distributed.on_main(lambda: stack.enter_context(_locked(partial)))
@@ -195,8 +194,8 @@ def _dataset_files(out: pathlib.Path) -> list[pathlib.Path]:
 
 def _begun_as(out: pathlib.Path, partial: pathlib.Path) -> str | None:
     """The encoding of what is there already, so that repeating a command needs no more than the command."""
-    for file in _dataset_files(out):
-        return shards.read_info(file.parent).encoding
+    if files := _dataset_files(out):
+        return shards.read_info(files[0].parent).encoding
     return (writing.read_request(partial) or {}).get("encoding")
 
 
