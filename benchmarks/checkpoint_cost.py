@@ -19,9 +19,12 @@ from unittest import mock
 import jax
 import numpy as np
 
-from dip_jax import checkpoint, config, optim, sharding, state, steps
+from dip_jax import config
+from dip_jax.checkpoints import checkpoint, directories
 from dip_jax.models import dip
-from dip_jax.step import compile_train_step
+from dip_jax.runtime import sharding
+from dip_jax.training import optim, state
+from dip_jax.training.step import compile_train_step
 
 # 12 blocks' width at half their number: 1.0 GiB with the optimizer and the average. 16 tokens of 16x16 pixels an image.
 MODEL = config.Model(size="B", depth=6, image_size=(64, 64), remat="none")
@@ -60,9 +63,9 @@ def measure(rounds: int, folder: pathlib.Path) -> dict[str, float]:
             clock("save_holds_training", lambda: checkpoints.save(number, carry, record))
             checkpoints.wait()
 
-        original = steps.write_manifest
+        original = directories.write_manifest
         shutil.rmtree(folder, ignore_errors=True)
-        with mock.patch.object(steps, "write_manifest", lambda path: clock("manifest", lambda: original(path))):
+        with mock.patch.object(directories, "write_manifest", lambda path: clock("manifest", lambda: original(path))):
             checkpoints = checkpoint.Checkpoints(folder, config.Checkpoint(keep_last=1))
             for number in range(rounds):
                 for _ in range(2):

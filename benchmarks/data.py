@@ -33,11 +33,13 @@ import PIL
 from absl import app, flags
 from PIL import Image
 
-from dip_jax import config, optim, sharding, state
+from dip_jax import config
 from dip_jax.data import images, photo_crops, pipeline, shards
 from dip_jax.jobs import prepare
 from dip_jax.models.dip import from_config
-from dip_jax.step import compile_train_step
+from dip_jax.runtime import sharding
+from dip_jax.training import optim, state
+from dip_jax.training.step import compile_train_step
 
 WHAT = flags.DEFINE_enum("what", "read", ["read", "scale", "step"], "which benchmark")
 IMAGES = flags.DEFINE_integer("images", 1000, "photographs for --what=read and step")

@@ -27,8 +27,7 @@ import jax
 import jax.numpy as jnp
 from plain_unet import plain_unet
 
-from dip_jax import cost
-from dip_jax.models import folding
+from dip_jax.models import cost, folding
 from dip_jax.models.detailers import UNet, unet_depth
 from dip_jax.models.dip import build
 from dip_jax.models.placement import MappedHead

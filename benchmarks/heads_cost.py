@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import measuring
 
-from dip_jax import cost
+from dip_jax.models import cost
 from dip_jax.models.dip import build, init_backbone
 
 HEADS = ("none", "mlp", "attention", "coord_mlp", "unet")

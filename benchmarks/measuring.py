@@ -27,9 +27,11 @@ sys.path[:0] = [str(ROOT)]
 import jax  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
-from dip_jax import config, cost, hardware, sampler  # noqa: E402
+from dip_jax import config  # noqa: E402
 from dip_jax.errors import UserError  # noqa: E402
-from dip_jax.models import dip  # noqa: E402
+from dip_jax.models import cost, dip  # noqa: E402
+from dip_jax.planning import prediction  # noqa: E402
+from dip_jax.sampling import sampler  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -200,7 +202,7 @@ def forward_flops(model: dip.DiP) -> int:
 def utilisation(flops_per_second: float) -> float | None:
     """The share of the accelerator's bf16 peak; None where the peak is not known."""
     kind = jax.devices()[0].device_kind
-    peaks = [chip.flops for name, chip in hardware.ACCELERATORS.items() if name in kind]
+    peaks = [chip.flops for name, chip in prediction.ACCELERATORS.items() if name in kind]
     return flops_per_second / peaks[0] if peaks else None
 
 

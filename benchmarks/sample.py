@@ -19,7 +19,8 @@ import jax
 import measuring
 import numpy as np
 
-from dip_jax import config, drawing, sampler
+from dip_jax import config
+from dip_jax.sampling import sampler, trajectories
 
 CPU = (
     "b1:batch=1;b1_scan:batch=1,scan_layers=True;b1_half:batch=1,interval=0.5/1.0;b1_unguided:batch=1,guidance=1.0;"
@@ -46,7 +47,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
         labels = np.arange(BATCHES * batch, dtype=np.int32) % model.config.num_classes
 
         def call(model=model, sample=sample, labels=labels, params=params[head]):
-            return [images for _, images in drawing.draw_batches(model, params, labels=labels, seed=0, options=sample)]
+            return [images for _, images in trajectories.draw_batches(model, params, labels=labels, seed=0, options=sample)]
 
         start = time.perf_counter()
         call()

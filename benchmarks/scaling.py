@@ -23,7 +23,8 @@ import measuring
 import numpy as np
 from jax.sharding import NamedSharding
 
-from dip_jax import config, sharding
+from dip_jax import config
+from dip_jax.runtime import sharding
 
 CPU = {"image_size": (64, 128, 256), "batch": (2, 8, 32), "depth": (2, 4, 8), "devices": (1, 2, 4)}
 GPU = {"image_size": (256, 512, 1024), "batch": (16, 64, 256), "depth": (6, 12, 24), "devices": (1, 2, 4, 8)}

@@ -19,10 +19,12 @@ import jax
 import measuring
 import numpy as np
 
-from dip_jax import config, sharding, state, step
+from dip_jax import config
 from dip_jax.data import pipeline
 from dip_jax.models import dip
-from dip_jax.optim import make_optimizer
+from dip_jax.runtime import sharding
+from dip_jax.training import state, step
+from dip_jax.training.optim import make_optimizer
 
 CPU = "base;scan:scan_layers=True;dots:scan_layers=True,remat=dots;full:scan_layers=True,remat=full"
 GPU = (

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "build": "dip_jax.models.dip",
-    "load": "dip_jax.checkpoint",
+    "load": "dip_jax.checkpoints.checkpoint",
     "sample": "dip_jax.jobs.sample",
     "open_dataset": "dip_jax.data.pipeline",
 }

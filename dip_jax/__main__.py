@@ -6,8 +6,8 @@ import sys
 
 from absl import flags, logging
 
-from dip_jax import command_line
 from dip_jax.errors import Exit, Interrupted, UserError
+from dip_jax.runtime import command_line
 
 COMMANDS = {
     "train": "train a model, or go on where it stopped",

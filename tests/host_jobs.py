@@ -3,10 +3,11 @@
 import jax
 import toy_network
 
-from dip_jax import config, sample_files
+from dip_jax import config
 from dip_jax.__main__ import main
 from dip_jax.errors import UserError
 from dip_jax.jobs.train import train
+from dip_jax.sampling import sample_files
 
 
 def command(*argv: str) -> int:

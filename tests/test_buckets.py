@@ -7,8 +7,9 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dip_jax import guard, steps, writers
+from dip_jax.checkpoints import directories
 from dip_jax.errors import UserError
+from dip_jax.runtime import guard, writers
 
 
 class Store(MemoryFileSystem):
@@ -44,31 +45,34 @@ def root(monkeypatch):
 def write_step(root, number, *, committed=True):
     for name in ("state/data", "ema/data", "config/metadata"):
         (root / str(number) / name).write_text(f"{number} {name}")
-    steps.write_manifest(root / str(number))
+    directories.write_manifest(root / str(number))
     if committed:
-        (root / str(number) / steps.COMMIT).write_text("")
+        (root / str(number) / directories.COMMIT).write_text("")
 
 
 def test_a_step_counts_once_it_is_committed(root):
     write_step(root, 2)
     write_step(root, 4, committed=False)
-    assert steps.complete(root) == [2]
-    assert steps.damage(root / "2") is None
-    steps.clean(root)
+    assert directories.complete(root) == [2]
+    assert directories.damage(root / "2") is None
+    directories.clean(root)
     assert not (root / "4").exists()
-    assert steps.complete(root) == [2]
+    assert directories.complete(root) == [2]
 
 
 def test_damage_is_copied_aside(root):
     write_step(root, 2)
     write_step(root, 4)
     (root / "4" / "ema" / "data").write_text("flipped")
-    assert "ema/data is not what was written" in steps.damage(root / "4")
+    assert "ema/data is not what was written" in directories.damage(root / "4")
     found = []
-    assert steps.newest(root, verify=True, on_damage=lambda step, fault: found.append(steps.set_aside(root, step))) == 2
+    assert (
+        directories.newest(root, verify=True, on_damage=lambda step, fault: found.append(directories.set_aside(root, step)))
+        == 2
+    )
     assert [path.name for path in found] == ["4"]
     assert (root / "damaged" / "4" / "ema" / "data").read_text() == "flipped"
-    assert steps.complete(root) == [2]
+    assert directories.complete(root) == [2]
 
 
 def test_old_steps_are_withdrawn_before_they_are_deleted(root, monkeypatch):
@@ -79,12 +83,12 @@ def test_old_steps_are_withdrawn_before_they_are_deleted(root, monkeypatch):
 
     def rm(self, path, recursive=False, maxdepth=None):
         if recursive:
-            seen.append(steps.complete(root))
+            seen.append(directories.complete(root))
         return original(self, path, recursive=recursive, maxdepth=maxdepth)
 
     monkeypatch.setattr(Store, "rm", rm)
-    steps.prune(root, keep_last=1, keep_every=2)
-    assert steps.complete(root) == [2, 3]
+    directories.prune(root, keep_last=1, keep_every=2)
+    assert directories.complete(root) == [2, 3]
     assert all(1 not in complete for complete in seen)
 
 

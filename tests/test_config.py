@@ -9,8 +9,9 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from dip_jax import command_line, config
+from dip_jax import config
 from dip_jax.errors import UserError
+from dip_jax.runtime import command_line
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 

@@ -8,7 +8,7 @@ import pytest
 from parity_cases import NUM_CLASSES
 from safetensors.numpy import save_file
 
-from dip_jax import checkpoint
+from dip_jax.checkpoints import checkpoint
 from dip_jax.errors import UserError
 from dip_jax.jobs import convert
 from dip_jax.jobs.convert import Sizes

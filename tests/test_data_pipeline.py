@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from small_data import number_of, pixels_of, write_dataset
 
-from dip_jax import config, sharding
+from dip_jax import config
 from dip_jax.data import pipeline, placement
 from dip_jax.errors import UserError
+from dip_jax.runtime import sharding
 
 COUNT = 23
 

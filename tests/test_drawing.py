@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dip_jax import config, drawing, sampler, sharding
+from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.jobs.sample import sample
 from dip_jax.models import dip
+from dip_jax.runtime import sharding
+from dip_jax.sampling import sampler, trajectories
 
 LABELS = [0, 1, 2, 3, 0, 1, 2]
 OPTIONS = config.Sample(steps=3, guidance=1.0, batch_size=4)
@@ -31,7 +33,7 @@ def one_device():
 
 
 def draw(mesh=None, labels=LABELS, seed=0, options=OPTIONS, dtype="float32", **changes):
-    batches = drawing.draw_batches(
+    batches = trajectories.draw_batches(
         *model_and_params(dtype), labels=labels, seed=seed, options=options, mesh=mesh or one_device(), **changes
     )
     return np.concatenate([images for _, images in batches])
@@ -59,8 +61,8 @@ def test_one_device_and_eight_give_the_same_images(sizes, solver):
 
 def test_a_second_call_compiles_nothing(monkeypatch):
     traced = []
-    monkeypatch.setattr(drawing.flow, "to_velocity", lambda v, x_t, t, model: traced.append(x_t.shape) or v)
-    drawing._draw.clear_cache()
+    monkeypatch.setattr(trajectories.flow, "to_velocity", lambda v, x_t, t, model: traced.append(x_t.shape) or v)
+    trajectories._draw.clear_cache()
     draw(options=GUIDED, labels=LABELS * 2 + [3])
     first = list(traced)
     assert [shape[0] for shape in first] == [7, 14]  # once outside the interval, once inside; the short batch is padded
@@ -78,12 +80,12 @@ def test_modulations_ahead_change_nothing_and_are_left_out_where_they_do_not_fit
     one = 4 * (24 + 6 * 24 + 2 * 24)  # bytes of one time with one label: t_emb, a block, the final layer
     needed = one * sampler.nfe(options)[0] * (len(LABELS) + 1)
     for limit in (needed - 1, needed):
-        monkeypatch.setattr(drawing, "AHEAD_BYTES", limit)
-        drawing._draw.clear_cache()
+        monkeypatch.setattr(trajectories, "AHEAD_BYTES", limit)
+        trajectories._draw.clear_cache()
         made.clear()
         drawn[limit] = draw(options=options)
         assert len(made) == (1 if limit < needed else {"euler": 4, "heun": 5}[solver])  # one only asks how large they are
-    drawing._draw.clear_cache()
+    trajectories._draw.clear_cache()
     assert agree(*drawn.values())
 
 
@@ -95,12 +97,14 @@ def test_seed_and_label_matter_and_the_rest_does_not():
 
 
 def test_chosen_batches():
-    drawn = dict(drawing.draw_batches(*model_and_params(), labels=LABELS, seed=0, options=OPTIONS, mesh=one_device(), only=[1]))
+    drawn = dict(
+        trajectories.draw_batches(*model_and_params(), labels=LABELS, seed=0, options=OPTIONS, mesh=one_device(), only=[1])
+    )
     assert list(drawn) == [1] and agree(drawn[1], draw()[4:])
 
 
 def test_frames_end_where_the_samples_do():
-    way = drawing.draw_frames(
+    way = trajectories.draw_frames(
         *model_and_params(), labels=[0, 1, 2, 3], seed=0, options=OPTIONS, mesh=sharding.make_mesh(config.Mesh()), frames=2
     )
     assert way.noisy.shape == way.expected.shape == (2, 4, 16, 16, 3)
@@ -128,7 +132,7 @@ def test_prediction_type_is_honoured():
         null_label=4,
     )
     saying_x = dip.from_config(dataclasses.replace(model.config, prediction="x"))
-    [(_, drawn)] = drawing.draw_batches(saying_x, params, labels=[0, 1], seed=0, options=options, mesh=one_device())
+    [(_, drawn)] = trajectories.draw_batches(saying_x, params, labels=[0, 1], seed=0, options=options, mesh=one_device())
     assert agree(drawn, np.asarray(sampler.to_uint8(x)))
 
 
@@ -144,7 +148,7 @@ def test_prediction_type_is_honoured():
     ],
 )
 def test_mistakes_are_told_before_compiling(changes, message, monkeypatch):
-    monkeypatch.setattr(drawing, "_draw", None)
+    monkeypatch.setattr(trajectories, "_draw", None)
     with pytest.raises(UserError, match=message):
         draw(**changes)
 
@@ -153,7 +157,7 @@ def test_damaged_weights_are_told():
     model, params = model_and_params()
     params = jax.tree.map(lambda p: p * jnp.nan, params)
     with pytest.raises(UserError, match="4 of 4 samples of batch 0 hold NaN"):
-        list(drawing.draw_batches(model, params, labels=LABELS, seed=0, options=OPTIONS, mesh=one_device()))
+        list(trajectories.draw_batches(model, params, labels=LABELS, seed=0, options=OPTIONS, mesh=one_device()))
 
 
 def test_bfloat16_stays_close():
@@ -164,8 +168,10 @@ def test_bfloat16_stays_close():
 
 def test_weights_are_converted_once_and_only_for_bfloat16(monkeypatch):
     seen = []
-    real = drawing._draw
-    monkeypatch.setattr(drawing, "_draw", lambda params, *args, **static: seen.append(params) or real(params, *args, **static))
+    real = trajectories._draw
+    monkeypatch.setattr(
+        trajectories, "_draw", lambda params, *args, **static: seen.append(params) or real(params, *args, **static)
+    )
     for dtype in ("bfloat16", "float32"):
         draw(dtype=dtype)
         kernels = [params["blocks"]["attention"]["qkv"]["kernel"] for params in seen]
@@ -182,5 +188,5 @@ def test_a_sample_of_an_image_predictor_is_the_image_it_predicts(steps):
     )
     params = jax.jit(model.init)(jax.random.key(0))
     options = config.Sample(steps=steps, guidance=1.0, batch_size=2)
-    (_, images), *_ = drawing.draw_batches(model, params, labels=[0, 1], seed=0, options=options, mesh=one_device())
+    (_, images), *_ = trajectories.draw_batches(model, params, labels=[0, 1], seed=0, options=options, mesh=one_device())
     assert set(np.unique(images).tolist()) <= {127, 128}

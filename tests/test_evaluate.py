@@ -14,12 +14,13 @@ from absl import flags
 from faults import harness
 from toy_network import D, halves, network
 
-from dip_jax import candidates, checkpoint, config
+from dip_jax import config
+from dip_jax.checkpoints import checkpoint
 from dip_jax.data import pipeline
 from dip_jax.errors import UserError
 from dip_jax.jobs import evaluate as job
 from dip_jax.jobs import train
-from dip_jax.metrics import features, image_sets, statistics
+from dip_jax.metrics import features, image_sets, inputs, statistics
 from dip_jax.metrics.judge import Judge
 from dip_jax.models import dip
 
@@ -205,13 +206,13 @@ def dataset(tmp_path_factory):
 
 def test_a_dataset_gives_all_its_images_or_a_labelled_choice(dataset):
     opened = pipeline.open_dataset(dataset)
-    everything = np.concatenate(list(candidates.dataset_images(opened).batches(5)))
+    everything = np.concatenate(list(inputs.dataset_images(opened).batches(5)))
     np.testing.assert_array_equal(everything, np.stack([opened[i]["image"] for i in range(24)]))
-    first, second = (candidates.dataset_images(opened, count=8, phase=phase) for phase in (0.0, 0.5))
+    first, second = (inputs.dataset_images(opened, count=8, phase=phase) for phase in (0.0, 0.5))
     np.testing.assert_array_equal(next(first.batches(8)), everything[::3])
     np.testing.assert_array_equal(next(second.batches(8)), everything[1::3])
     np.testing.assert_array_equal(first.labels, [opened[i]["label"] for i in range(0, 24, 3)])
-    assert candidates.dataset_images(opened, count=100).count == 24
+    assert inputs.dataset_images(opened, count=100).count == 24
 
 
 def rows_of(folder):

@@ -4,7 +4,8 @@ import jax
 import pytest
 
 import dip_jax
-from dip_jax import checkpoint, config, steps
+from dip_jax import config
+from dip_jax.checkpoints import checkpoint, directories
 from dip_jax.errors import UserError
 from dip_jax.models import dip
 
@@ -57,7 +58,7 @@ def test_a_missing_item_is_named_with_those_that_are_there(tmp_path):
     checkpoint.write_weights(tmp_path, params, config=settings, step=3)
     with pytest.raises(UserError, match=r"holds no item 'state', only config, ema: .* weights='ema'"):
         dip_jax.load(tmp_path, weights="raw")
-    step = steps.find(tmp_path, verify=True, report=print)
+    step = directories.find(tmp_path, verify=True, report=print)
     older = (step / "config" / "metadata").read_text().replace('"head_pool"', '"pool"')
     (step / "config" / "metadata").write_text(older)
     with pytest.raises(UserError, match=r"other options than this version knows: unknown config key model.pool"):

@@ -9,8 +9,8 @@ import textwrap
 import pytest
 from etils import epath
 
-from dip_jax import guard
 from dip_jax.errors import Exit, UserError
+from dip_jax.runtime import guard
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from test_models import COMBINATIONS, small
 
-from dip_jax import __main__, config, cost
+from dip_jax import __main__, config
 from dip_jax.errors import UserError
 from dip_jax.jobs import info
-from dip_jax.models import folding
+from dip_jax.models import cost, folding
 from dip_jax.models.detailers import HEADS
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"

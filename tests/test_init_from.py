@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from faults import harness
 
-from dip_jax import checkpoint, config
+from dip_jax import config
+from dip_jax.checkpoints import checkpoint
 from dip_jax.errors import UserError
 from dip_jax.jobs import train
 from dip_jax.models import dip

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dip_jax import config, sharding
+from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.models import condition, folding, layers, placement
 from dip_jax.models.detailers import HEADS
 from dip_jax.models.dip import build, from_config, init_backbone
 from dip_jax.models.patches import patchify, unpatchify
 from dip_jax.models.placement import PLACEMENTS
+from dip_jax.runtime import sharding
 
 REAL_HEADS = [head for head in HEADS if head != "none"]
 COMBINATIONS = [(head, place) for head in REAL_HEADS for place in PLACEMENTS] + [("none", "post_hoc")]

@@ -6,8 +6,8 @@ import pathlib
 import jax
 import pytest
 
-from dip_jax import sharding
 from dip_jax.models.dip import build
+from dip_jax.runtime import sharding
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "parameters"
 

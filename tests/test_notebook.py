@@ -12,7 +12,8 @@ import nbclient
 import nbformat
 import pytest
 
-from dip_jax import checkpoint, config
+from dip_jax import config
+from dip_jax.checkpoints import checkpoint
 from dip_jax.models import dip
 
 ROOT = pathlib.Path(__file__).parent.parent

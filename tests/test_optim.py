@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from dip_jax.config import Optim
-from dip_jax.optim import ema_decay, learning_rate, make_optimizer
+from dip_jax.training.optim import ema_decay, learning_rate, make_optimizer
 
 
 def test_schedules():

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from dip_jax import quiet
+from dip_jax.checkpoints import orbax_logging
 
 
 def unraisable(error: BaseException, *, by: object = None) -> types.SimpleNamespace:
@@ -18,8 +18,8 @@ def passed_on(monkeypatch) -> list:
     """What the hook that was there before is given."""
     seen: list = []
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
-    quiet.quieten_orbax()
-    quiet.quieten_orbax()  # every checkpoint that is opened calls it
+    orbax_logging.quieten_orbax()
+    orbax_logging.quieten_orbax()  # every checkpoint that is opened calls it
     return seen
 
 

@@ -13,8 +13,10 @@ from absl import flags
 from PIL import Image
 from test_convert import tensors, write
 
-from dip_jax import __main__, checkpoint, command_line, config
+from dip_jax import __main__, config
+from dip_jax.checkpoints import checkpoint
 from dip_jax.models import detailers, dip
+from dip_jax.runtime import command_line
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dip_jax import config, drawing, figures, report
+from dip_jax import config
+from dip_jax.reporting import figures, report
+from dip_jax.sampling import trajectories
 
 NAMES = ["astronaut", "coffee & <cream>", "rocket"]
 SIZE = 32
@@ -29,7 +31,7 @@ def frames(count=2):
     noise = np.random.default_rng(0).integers(0, 256, (4, count, SIZE, SIZE, 3)).astype(np.uint8)
     times = np.linspace(0, 0.9, 4, dtype=np.float32)
     shown = pictures(count)
-    return drawing.Frames(labels=shown.labels, times=times, noisy=noise, expected=noise // 2, images=shown.images)
+    return trajectories.Frames(labels=shown.labels, times=times, noisy=noise, expected=noise // 2, images=shown.images)
 
 
 def history(steps=200):

@@ -9,8 +9,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from dip_jax import sample_files
 from dip_jax.errors import UserError
+from dip_jax.sampling import sample_files
 
 SHAPE, BATCH = (4, 6, 3), 5
 LABELS = np.arange(17, dtype=np.int32) % 3

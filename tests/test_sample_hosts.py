@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from faults import harness
 
-from dip_jax import checkpoint, config, writers
+from dip_jax import config
+from dip_jax.checkpoints import checkpoint
 from dip_jax.errors import Exit
 from dip_jax.models import dip
+from dip_jax.runtime import writers
 
 BATCHES, SIZE = 10, 8
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dip_jax import checkpoint, config, sample_files, steps
+from dip_jax import config
 from dip_jax.__main__ import main
+from dip_jax.checkpoints import checkpoint, directories
 from dip_jax.models import dip
+from dip_jax.sampling import sample_files
 
 MODEL = {"size": "tiny", "depth": 1, "width": 16, "num_heads": 2, "patch_size": 8, "image_size": (16, 16), "num_classes": 4}
 
@@ -51,7 +53,7 @@ def test_grid_npz_and_folder_hold_the_same_samples(workdir, tmp_path):
 def test_a_step_without_its_training_state_is_enough(workdir, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
-    with (copy / steps.ROOT / "7" / steps.MANIFEST).open("a") as manifest:
+    with (copy / directories.ROOT / "7" / directories.MANIFEST).open("a") as manifest:
         manifest.write(f"{'0' * 64}  state/array_metadatas\n")  # of an item that training would have written
     assert main(["sample", f"--workdir={copy}", "--num_samples=2", f"--out={tmp_path / 'two.png'}"]) == 0
     assert main(["sample", f"--workdir={copy}", "--num_samples=2", "--noema", f"--out={tmp_path / 'two.npz'}"]) == 2
@@ -89,7 +91,7 @@ def test_settings_state_the_protocol(workdir, tmp_path):
     ],
 )
 def test_mistakes_are_one_line_before_compiling(flags, message, workdir, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("dip_jax.drawing._draw", None)
+    monkeypatch.setattr("dip_jax.sampling.trajectories._draw", None)
     assert main(["sample", f"--workdir={workdir}", f"--out={tmp_path / 'samples.npz'}", *flags]) == 2
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("dip_jax sample: ") and message in last

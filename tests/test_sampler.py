@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dip_jax import config, sampler
+from dip_jax import config
+from dip_jax.sampling import sampler
 
 SHAPE = (4, 4, 3)
 SOLVERS = ("euler", "heun", "ab2", "sde")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dip_jax import config, sharding
+from dip_jax import config
 from dip_jax.errors import UserError
+from dip_jax.runtime import sharding
 
 
 def test_mesh_takes_the_rest_and_refuses_what_does_not_fit():

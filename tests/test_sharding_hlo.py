@@ -8,8 +8,10 @@ import re
 import jax
 import pytest
 
-from dip_jax import config, hlo, plan, sharding
+from dip_jax import config
 from dip_jax.errors import UserError
+from dip_jax.planning import hlo, plan
+from dip_jax.runtime import sharding
 
 LAYERS, BATCH = 5, 16  # no other size is 5
 MODEL = config.Model(

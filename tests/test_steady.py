@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from faults import harness
 
-from dip_jax import config, step
+from dip_jax import config
 from dip_jax.jobs import train
+from dip_jax.training import step
 
 
 def run_watched(monkeypatch, dataset, workdir, *, steps, look) -> list:

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dip_jax import config, sharding, state, step
+from dip_jax import config
 from dip_jax.models import dip
-from dip_jax.optim import make_optimizer
+from dip_jax.runtime import sharding
+from dip_jax.training import state, step
+from dip_jax.training.optim import make_optimizer
 
 MODEL = dip.from_config(
     config.Model(

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dip_jax.checkpoints.torch_file import read_tensors
 from dip_jax.errors import UserError
-from dip_jax.torch_file import read_tensors
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 CLASS_OF = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
@@ -235,7 +235,7 @@ def test_a_tensor_cannot_reach_outside_its_storage(write, shape, strides, offset
 
 
 def test_a_tree_that_contains_itself_ends(write, monkeypatch):
-    monkeypatch.setattr("dip_jax.torch_file._MAX_NODES", 1000)
+    monkeypatch.setattr("dip_jax.checkpoints.torch_file._MAX_NODES", 1000)
     loop = {}
     loop["again"] = loop
     with pytest.raises(UserError, match="contain themselves"):

@@ -13,10 +13,13 @@ import pytest
 from faults import harness
 from PIL import Image
 
-from dip_jax import checkpoint, config, config_change, guard, state, step, writers
+from dip_jax import config
 from dip_jax.__main__ import main
+from dip_jax.checkpoints import checkpoint
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.jobs import train
+from dip_jax.runtime import guard, writers
+from dip_jax.training import config_change, state, step
 
 ROOT = pathlib.Path(__file__).parent.parent
 

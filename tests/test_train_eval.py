@@ -8,10 +8,11 @@ import pytest
 import toy_network
 from faults import harness
 
-from dip_jax import state, step, training, writers
 from dip_jax.errors import UserError
 from dip_jax.jobs import train
 from dip_jax.metrics import features
+from dip_jax.runtime import writers
+from dip_jax.training import loop, state, step
 
 CHANGES = {"train__steps": 5, "train__eval_every": 2, "eval__num_samples": 8}
 
@@ -30,7 +31,7 @@ def opened(monkeypatch, tmp_path) -> list[str]:
 def test_both_weights_are_judged_at_every_mark_and_nothing_stays_on_the_devices(dataset, tmp_path, opened, monkeypatch):
     others = jax.live_arrays()  # of other tests: held, so that they cannot go on the way and hide what stays
     held: list[tuple[int, int]] = []
-    judge = training.Run._evaluate
+    judge = loop.Run._evaluate
 
     def weigh() -> int:
         gc.collect()
@@ -42,7 +43,7 @@ def test_both_weights_are_judged_at_every_mark_and_nothing_stays_on_the_devices(
         judge(self)
         held.append((before, weigh()))
 
-    monkeypatch.setattr(training.Run, "_evaluate", measured)
+    monkeypatch.setattr(loop.Run, "_evaluate", measured)
     train.train(harness.tiny_config(dataset, eval__reference=str(dataset), **CHANGES), workdir=tmp_path / "run")
     rows = writers.read_rows(tmp_path / "run" / "eval.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 5]

@@ -11,7 +11,7 @@ from etils import epath
 from hypothesis import strategies as st
 from PIL import Image
 
-from dip_jax import writers
+from dip_jax.runtime import writers
 
 
 def table(folder, resume_step: int = 0) -> writers.Table:

@@ -10,8 +10,9 @@ from PIL import Image
 from benchmarks.paper import measure, plots, tables
 from benchmarks.paper.scale import photograph_config
 from benchmarks.paper.session import Session
-from dip_jax import checkpoint, drawing
-from dip_jax import steps as step_files
+from dip_jax.checkpoints import checkpoint
+from dip_jax.checkpoints import directories as step_files
+from dip_jax.sampling import trajectories
 
 CURVES, PICTURES = "figure3.csv", "figure3_images.png"
 MODELS = {"DiT-only": "none", "DiP (U-Net)": "unet"}
@@ -52,7 +53,7 @@ def drawn(workdir: pathlib.Path, *, newest: bool = False) -> Iterator[tuple[int,
     for step in step_files.complete(root)[-1 if newest else 0 :]:
         model, params = checkpoint.load(root / str(step), verify=False)
         options = checkpoint.read_record(root / str(step)).config.sample
-        batches = drawing.draw_batches(model, params, labels=[0], seed=0, options=options)
+        batches = trajectories.draw_batches(model, params, labels=[0], seed=0, options=options)
         yield step, next(batches)[1][0]
 
 

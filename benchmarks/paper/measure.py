@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.paper.scale import Scale
-from dip_jax import candidates, checkpoint, config, flow, optim, sharding, state, step, steps
+from dip_jax import config, flow
+from dip_jax.checkpoints import checkpoint, directories
 from dip_jax.data import pipeline
-from dip_jax.metrics import features
+from dip_jax.metrics import features, inputs
 from dip_jax.metrics.judge import Judge
 from dip_jax.models import dip
+from dip_jax.runtime import sharding
+from dip_jax.training import optim, state, step
 
 _BATCH = 64  # validation images at once
 _DRAWS = 4  # noises and times per validation image
@@ -43,9 +46,9 @@ def quality(workdir: pathlib.Path, scale: Scale, data: pathlib.Path) -> dict[str
     """Loss and fid_lite0 of the averaged weights of a run, and its size."""
     model, params = checkpoint.load(workdir)
     images, labels = read_images(data / "validation", scale.num_reference)
-    samples = candidates.drawn_samples(model, params, count=scale.num_samples, seed=0, options=scale.sample)
+    samples = inputs.drawn_samples(model, params, count=scale.num_samples, seed=0, options=scale.sample)
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
-    objective = checkpoint.read_record(steps.find(workdir, verify=False, report=print)).config.flow
+    objective = checkpoint.read_record(directories.find(workdir, verify=False, report=print)).config.flow
     return {
         "loss": validation_loss(model, params, images, labels, objective=objective),
         "fid_lite0": judge(data, scale.num_reference)(samples)["fid_lite0"],
@@ -67,7 +70,7 @@ def read_images(folder: pathlib.Path, count: int) -> tuple[np.ndarray, np.ndarra
 @functools.lru_cache(maxsize=1)
 def judge(data: pathlib.Path, count: int) -> Judge:
     """Judges against `count` validation images; their statistics are taken once."""
-    reference = candidates.dataset_images(pipeline.open_dataset(data / "validation"), count=count)
+    reference = inputs.dataset_images(pipeline.open_dataset(data / "validation"), count=count)
     return Judge(features.open_network("lite0"), reference, batch_size=50)
 
 

@@ -23,9 +23,10 @@ from absl import flags
 from grain.experimental import index_shuffle
 from jax.sharding import NamedSharding
 
-from dip_jax import config, sharding
+from dip_jax import config
 from dip_jax.data import images, placement, shards, workers
 from dip_jax.errors import UserError
+from dip_jax.runtime import sharding
 
 _CHUNK = 16  # most rows per unit of reading: enough to make Grain's cost per unit vanish, few enough to balance threads
 _ENDLESS = 1 << 60  # units in the stream; the iterator has no end

@@ -19,8 +19,9 @@ import numpy as np
 from absl import flags as absl_flags
 from etils import epath
 
-from dip_jax import checkpoint as checkpoints
-from dip_jax import config, torch_file
+from dip_jax import config
+from dip_jax.checkpoints import checkpoint as checkpoints
+from dip_jax.checkpoints import torch_file
 from dip_jax.errors import UserError
 from dip_jax.typing import Params
 

@@ -24,25 +24,17 @@ import numpy as np
 from absl import flags as absl_flags
 from etils import epath
 
-from dip_jax import (
-    candidates,
-    checkpoint,
-    command_line,
-    config,
-    distributed,
-    drawing,
-    guard,
-    report,
-    sample_files,
-    sampler,
-    steps,
-    writers,
-)
+from dip_jax import config
+from dip_jax.checkpoints import checkpoint, directories
 from dip_jax.data import pipeline
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.metrics import features as feature_networks
+from dip_jax.metrics import inputs
 from dip_jax.metrics.image_sets import ImageSet, ReferenceFile
 from dip_jax.metrics.judge import Judge
+from dip_jax.reporting import report
+from dip_jax.runtime import command_line, distributed, guard, writers
+from dip_jax.sampling import sample_files, sampler, trajectories
 
 GALLERY = 2000  # training images among which the nearest neighbour of a sample is looked up
 _MOST_CLASSES = 100  # with more, the gallery holds too few images of a class
@@ -89,8 +81,8 @@ def evaluate(
     Raises:
         UserError: a file is missing, malformed or does not fit the others; before anything is compiled.
     """
-    drawn = candidates.sample_set(samples)
-    against = candidates.reference_set(reference, image_size=drawn.image_shape[0])
+    drawn = inputs.sample_set(samples)
+    against = inputs.reference_set(reference, image_size=drawn.image_shape[0])
     network = feature_networks.open_network(features, weights)
     judge = Judge(network, against, gallery=gallery, batch_size=batch_size, cache=cache)
     return Evaluation(judge(drawn), judge.protocol(), judge.notes(drawn.count))
@@ -123,7 +115,7 @@ def open_judge(
         UserError: the reference or the weights are missing, or do not fit together.
     """
     network = feature_networks.open_network(wanted.features, wanted.weights)
-    against = candidates.reference_set(wanted.reference, image_size=image_size)
+    against = inputs.reference_set(wanted.reference, image_size=image_size)
     return Judge(network, against, gallery=gallery, batch_size=wanted.batch_size, cache=cache)
 
 
@@ -143,7 +135,7 @@ def run(flags: absl_flags.FlagValues) -> None:
 def _judge_file(flags: absl_flags.FlagValues) -> None:
     if flags.reference is None:
         raise UserError("--reference is missing: name an .npz or a dataset directory to compare with")
-    samples = candidates.with_progress(candidates.sample_set(flags.samples))
+    samples = inputs.with_progress(inputs.sample_set(flags.samples))
     judge = open_judge(_wanted(flags, config.Eval()), image_size=samples.image_shape[0], cache=flags.cache)
     metrics = judge(samples)
     sampling = sample_files.read_settings(flags.samples)
@@ -179,9 +171,9 @@ def _open_bench(flags: absl_flags.FlagValues, run: config.Config) -> _Bench:
             train = pipeline.open_dataset(run.data.path, image_size=size, source=run.data.source)
         except UserError as error:
             notes.append(f"No row of real images and no nearest neighbour: {error}.")
-    gallery = candidates.dataset_images(train, count=GALLERY) if train and train.num_classes <= _MOST_CLASSES else None
+    gallery = inputs.dataset_images(train, count=GALLERY) if train and train.num_classes <= _MOST_CLASSES else None
     judge = open_judge(wanted, image_size=size, gallery=gallery, cache=flags.cache)
-    real = candidates.dataset_images(train, count=wanted.num_samples, phase=0.5) if train else None
+    real = inputs.dataset_images(train, count=wanted.num_samples, phase=0.5) if train else None
     names = train.classes if train else [f"class {i}" for i in range(run.model.num_classes)]
     return _Bench(judge, real, names, notes)
 
@@ -195,7 +187,7 @@ def _rows_of(path: epath.Path, record: checkpoint.Record, *, quick: bool) -> lis
 def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     """A row each for real images, the untrained network, the last weights and their average; and the report."""
     unread = checkpoint.ITEMS_UNREAD["ema"] if flags.quick else ()
-    path = steps.find(flags.workdir, verify=True, report=distributed.say, unread=unread)
+    path = directories.find(flags.workdir, verify=True, report=distributed.say, unread=unread)
     record = checkpoint.read_record(path)
     run = record.config
     count = _wanted(flags, run.eval).num_samples
@@ -205,7 +197,7 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
 
     def judge(name: str, images: ImageSet) -> None:
         shown[name] = []
-        rows.append({"row": images.name} | bench.judge(candidates.with_progress(candidates.keeping(images, shown[name]))))
+        rows.append({"row": images.name} | bench.judge(inputs.with_progress(inputs.keeping(images, shown[name]))))
 
     if bench and bench.real:
         judge("real", dataclasses.replace(bench.real, name="real training images"))
@@ -213,7 +205,7 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     drawn = {"seed": flags.seed, "options": run.sample}
     for weights in _rows_of(path, record, quick=flags.quick):
         model, params = checkpoint.load(path, weights=weights, verify=False)
-        samples = candidates.drawn_samples(model, params, count=count, name=_ROWS[weights], **drawn)
+        samples = inputs.drawn_samples(model, params, count=count, name=_ROWS[weights], **drawn)
         if bench:
             judge(weights, samples)
         else:
@@ -234,10 +226,10 @@ def _write_workdir(flags, run, bench, rows, *, step, shown, samples, model, para
     file = report.write_report(
         workdir / "report.html",
         title="DiP",
-        samples=candidates.pictures(shown["ema"], samples),
-        real=candidates.pictures(shown["real"], bench.real),
+        samples=inputs.pictures(shown["ema"], samples),
+        real=inputs.pictures(shown["real"], bench.real),
         class_names=bench.class_names,
-        trajectory=drawing.draw_frames(model, params, labels=labels, seed=flags.seed, options=run.sample),
+        trajectory=trajectories.draw_frames(model, params, labels=labels, seed=flags.seed, options=run.sample),
         history=writers.read_rows(workdir / "metrics.jsonl"),
         metrics=rows,
         config=run,

@@ -22,10 +22,12 @@ from absl import flags as absl_flags
 from clu import parameter_overview
 from jax.sharding import AbstractMesh, AxisType
 
-from dip_jax import command_line, cost, hardware, optim, plan, sharding, state
 from dip_jax.config import Config, Mesh
 from dip_jax.errors import UserError
-from dip_jax.models import dip
+from dip_jax.models import cost, dip
+from dip_jax.planning import plan, prediction
+from dip_jax.runtime import command_line, sharding
+from dip_jax.training import optim, state
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -106,8 +108,8 @@ def describe_compiled(config: Config, *, mesh: Mesh, memory: Mapping[str, int]) 
     total = compiled.state_bytes + compiled.temporary_bytes
     moved = sum(memory[part] for part in ("params", "optimizer", "ema", "gradients"))
     predictions = {}
-    for name, device in hardware.ACCELERATORS.items():
-        guess = hardware.predict(
+    for name, device in prediction.ACCELERATORS.items():
+        guess = prediction.predict(
             device, flops=compiled.flops, collectives=compiled.collectives, state_bytes=moved, total_bytes=total
         )
         seconds = (guess.best, guess.worst)
@@ -165,7 +167,7 @@ def _compiled_tables(compiled: dict[str, Any]) -> list[str]:
         f"{row['kind']:<20}{row['axes']:<20}{row['runs']:>8}{row['bytes'] / 1e9:>14.3f}{row['sent'] / 1e9:>10.3f}"
         for row in compiled["collectives"]
     ] or ["none"]
-    title = f"predicted at {hardware.EFFICIENCY:.0%} of the peak FLOPs, {hardware.LINK_EFFICIENCY:.0%} of the links:"
+    title = f"predicted at {prediction.EFFICIENCY:.0%} of the peak FLOPs, {prediction.LINK_EFFICIENCY:.0%} of the links:"
     lines += ["", title, f"{'device':<8}{'fits':>6}{'ms per step':>16}{'images/s':>18}{'communication':>15}"]
     for name, guess in compiled["predictions"].items():
         low, high = (1e3 * second for second in guess["seconds"])

@@ -26,9 +26,9 @@ from typing import Any
 import PIL
 from absl import flags as absl_flags
 
-from dip_jax import command_line, distributed, guard
 from dip_jax.data import images, shards, sources, writing
 from dip_jax.errors import Exit, Interrupted, UserError
+from dip_jax.runtime import command_line, distributed, guard
 
 
 @dataclass(frozen=True)

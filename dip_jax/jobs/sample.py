@@ -22,11 +22,15 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from dip_jax import checkpoint, command_line, config, distributed, drawing, figures, guard, sample_files, sampler
-from dip_jax import steps as step_files
+from dip_jax import config
+from dip_jax.checkpoints import checkpoint
+from dip_jax.checkpoints import directories as step_files
 from dip_jax.data import pipeline
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
+from dip_jax.reporting import figures
+from dip_jax.runtime import command_line, distributed, guard
+from dip_jax.sampling import sample_files, sampler, trajectories
 from dip_jax.typing import Params
 
 _SHOWN = 4  # samples in the trajectory picture
@@ -64,7 +68,7 @@ def sample(
     options = config.Sample(
         solver=solver, steps=steps, guidance=guidance, interval=interval, t_shift=t_shift, batch_size=batch_size
     )
-    batches = drawing.draw_batches(model, params, labels=labels, seed=seed, options=options, mesh=mesh)
+    batches = trajectories.draw_batches(model, params, labels=labels, seed=seed, options=options, mesh=mesh)
     return np.concatenate([images for _, images in batches])
 
 
@@ -113,7 +117,7 @@ def _sample(flags: absl_flags.FlagValues) -> None:
     model, params = checkpoint.load(path, weights=weights, verify=False)
     if flags.precision == "highest":
         model = dip.from_config(dataclasses.replace(model.config, dtype="float32"))
-    labels = drawing.check_labels(interleave(_classes(flags, model.config.num_classes), flags.num_samples), model)
+    labels = trajectories.check_labels(interleave(_classes(flags, model.config.num_classes), flags.num_samples), model)
     arguments = {"labels": labels, "seed": flags.seed, "options": options}
     settings = _settings(flags, step=path.name, params=params, model=model, **arguments)
     distributed.say(_describe(settings))
@@ -222,7 +226,7 @@ def _write(out: str, model: dip.DiP, params: Params, settings: Mapping[str, Any]
 
 def _with_progress(model: dip.DiP, params: Params, *, total: int, done: int, **arguments) -> Iterator[tuple[int, np.ndarray]]:
     with tqdm(total=total, initial=done, unit=" images", disable=None if distributed.is_main() else True) as bar:
-        for batch, images in drawing.draw_batches(model, params, **arguments):
+        for batch, images in trajectories.draw_batches(model, params, **arguments):
             yield batch, images
             bar.update(len(images))
 
@@ -234,7 +238,7 @@ def _grid(model: dip.DiP, params: Params, names: Sequence[str], **arguments) -> 
 
 
 def _strip(model: dip.DiP, params: Params, names: Sequence[str], **arguments) -> Image.Image:
-    return figures.trajectory(drawing.draw_frames(model, params, **arguments), names)
+    return figures.trajectory(trajectories.draw_frames(model, params, **arguments), names)
 
 
 def _save_picture(out: str, picture: Image.Image) -> None:

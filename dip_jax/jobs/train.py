@@ -16,10 +16,12 @@ import jax
 from absl import flags as absl_flags
 from etils import epath
 
-from dip_jax import checkpoint, command_line, config_change, distributed, guard, sharding, training
+from dip_jax.checkpoints import checkpoint
 from dip_jax.config import Config, to_dict
 from dip_jax.data import pipeline
 from dip_jax.errors import UserError
+from dip_jax.runtime import command_line, distributed, guard, sharding
+from dip_jax.training import config_change, loop
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -94,11 +96,11 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         stack.callback(lock.release)
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
         stack.callback(checkpoints.close)
-        job = training.Run(config, workdir, mesh, dataset, signals, checkpoints)
+        job = loop.Run(config, workdir, mesh, dataset, signals, checkpoints)
         found = checkpoints.find()
         if found:
             config_change.check(found.record.config, config, allowed=allow_change)
-        if found and found.step >= config.train.steps and not training.find_owed(config.train, workdir, found.step):
+        if found and found.step >= config.train.steps and not loop.find_owed(config.train, workdir, found.step):
             distributed.say(f"{workdir} is finished: it has all {found.step} steps")
             return
         stack.callback(job.close)

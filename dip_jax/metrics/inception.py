@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from dip_jax.checkpoints.torch_file import read_tensors
 from dip_jax.errors import UserError
 from dip_jax.metrics.image_sets import file_digest
-from dip_jax.torch_file import read_tensors
 from dip_jax.typing import Params, RawImages
 
 SIZE = 299

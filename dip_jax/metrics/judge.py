@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from dip_jax import config, sharding
+from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.metrics import statistics
 from dip_jax.metrics.features import KEPT, Network, Summary, summarise
 from dip_jax.metrics.image_sets import ImageSet, ReferenceFile
 from dip_jax.metrics.statistics import Gaussian
+from dip_jax.runtime import sharding
 
 _FORMAT = 1  # of the cached statistics
 

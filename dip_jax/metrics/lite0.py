@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dip_jax.checkpoints.torch_file import read_tensors
 from dip_jax.errors import UserError
-from dip_jax.torch_file import read_tensors
 from dip_jax.typing import Params, RawImages
 
 RESIZE = "bilinear (antialiased when shrinking), half-pixel centres"

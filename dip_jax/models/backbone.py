@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from dip_jax import config
 from dip_jax.models.condition import Conditioning, Modulations
 from dip_jax.models.layers import Block, Linear, sincos_table
-from dip_jax.sharding import constrain
+from dip_jax.runtime.sharding import constrain
 
 TOKENS = ("batch", "tokens", "act_embed")
 

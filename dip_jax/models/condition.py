@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from dip_jax import config
 from dip_jax.models.layers import Linear, modulation, named, normal
-from dip_jax.sharding import constrain
+from dip_jax.runtime.sharding import constrain
 from dip_jax.typing import Labels, Params
 
 

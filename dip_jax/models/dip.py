@@ -25,7 +25,7 @@ from dip_jax.models.condition import Condition, Modulations
 from dip_jax.models.layers import Named
 from dip_jax.models.patches import patchify, unpatchify
 from dip_jax.models.placement import PLACEMENTS, check_placement
-from dip_jax.sharding import constrain, is_axes
+from dip_jax.runtime.sharding import constrain, is_axes
 from dip_jax.typing import Images, Labels, Params, PRNGKey, Times, Tokens
 
 _STACKS = ("blocks", "blocks_after")  # the second one only where a head sits between them

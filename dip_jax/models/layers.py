@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from dip_jax.sharding import constrain
+from dip_jax.runtime.sharding import constrain
 from dip_jax.typing import Axes
 
 Initializer = Callable[..., jax.Array]

@@ -20,7 +20,7 @@ from dip_jax.models.backbone import TOKENS, run_blocks
 from dip_jax.models.condition import Conditioning, Modulations
 from dip_jax.models.detailers import HEADS, check_head
 from dip_jax.models.layers import FinalLayer, Linear
-from dip_jax.sharding import constrain
+from dip_jax.runtime.sharding import constrain
 
 
 class MappedHead(nn.Module):

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from dip_jax import writers
 from dip_jax.config import Config, from_dict, to_dict
 from dip_jax.data import shards
+from dip_jax.runtime import writers
 
 TESTS = pathlib.Path(__file__).parent.parent
 EXACT = ("loss", "grad_norm", "param_norm", "skipped", "replaced")  # columns that a resumed run must repeat bit for bit

@@ -8,9 +8,12 @@ import time
 import jax
 import jax.numpy as jnp
 
-from dip_jax import guard, sample_files, step, steps, training
+from dip_jax.checkpoints import directories
 from dip_jax.data import pipeline
 from dip_jax.errors import UserError
+from dip_jax.runtime import guard
+from dip_jax.sampling import sample_files
+from dip_jax.training import loop, step
 
 
 def _harm_batches(harm) -> None:
@@ -168,12 +171,12 @@ def killed_before_the_picture() -> None:
         self._checkpoints.wait()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    training.Run._show_samples = show_samples
+    loop.Run._show_samples = show_samples
 
 
 def second_save_fails() -> None:
     """The second save finds no room when it has gone into the background."""
-    original, calls = steps.write_manifest, []
+    original, calls = directories.write_manifest, []
 
     def write_manifest(path):
         calls.append(path)
@@ -181,5 +184,5 @@ def second_save_fails() -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         original(path)
 
-    steps.write_manifest = write_manifest
+    directories.write_manifest = write_manifest
     slow_steps()

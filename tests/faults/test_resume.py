@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from dip_jax import writers
 from dip_jax.data import pipeline
 from dip_jax.errors import Exit
+from dip_jax.runtime import writers
 from faults import harness
 
 STEPS = 10

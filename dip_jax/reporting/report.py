@@ -10,9 +10,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from dip_jax import figures, guard
 from dip_jax.config import Config, to_dict
-from dip_jax.drawing import Frames
+from dip_jax.reporting import figures
+from dip_jax.runtime import guard
+from dip_jax.sampling.trajectories import Frames
 
 _CLASSES, _EACH, _WAYS = 12, 8, 4  # classes shown, images of each, trajectories
 _CURVES = (

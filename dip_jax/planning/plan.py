@@ -17,10 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dip_jax import hlo, optim, sharding, state, step
 from dip_jax.config import Config, Mesh, from_dict, to_dict
 from dip_jax.errors import Exit, UserError
 from dip_jax.models import dip, folding
+from dip_jax.planning import hlo
+from dip_jax.runtime import sharding
+from dip_jax.training import optim, state, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ def compile_plan(config: Config, *, mesh: Mesh) -> Plan:
     flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
     child = subprocess.run(
-        [sys.executable, "-m", "dip_jax.plan"], input=request, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "dip_jax.planning.plan"], input=request, env=environment, capture_output=True, text=True
     )
     if child.returncode == Exit.USER_ERROR:
         raise UserError(child.stderr.strip().splitlines()[-1])

@@ -28,10 +28,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dip_jax import distributed, guard, misfit, quiet, steps
+from dip_jax.checkpoints import directories, mismatch, orbax_logging
 from dip_jax.config import Checkpoint, Config, from_dict, to_dict
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
+from dip_jax.runtime import distributed, guard
 from dip_jax.typing import Params
 
 _FILE_BYTES = 2**26  # one file is hashed by one core: many of middling size keep all cores busy
@@ -70,17 +71,17 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, options: Checkpoint, *, report: Callable[[str], None] | None = None):
-        quiet.quieten_orbax()
-        self.root = guard.absolute(workdir) / steps.ROOT
+        orbax_logging.quieten_orbax()
+        self.root = guard.absolute(workdir) / directories.ROOT
         self._options = options
         self._report = report or distributed.say
         self._current = self.root  # the step being written
         self._saving: concurrent.futures.Future | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writer = _async_writer(lambda: steps.write_manifest(self._current))
+        self._writer = _async_writer(lambda: directories.write_manifest(self._current))
         if jax.process_index() == 0:
             guard.require_writable(self.root)
-            steps.clean(self.root)
+            directories.clean(self.root)
 
     def find(self) -> Found | None:
         """The newest undamaged step (1 to 4 of the restore order); None where training starts at step 0.
@@ -90,12 +91,12 @@ class Checkpoints:
         """
         step = None
         if jax.process_index() == 0:
-            step = steps.newest(self.root, verify=self._options.verify, on_damage=self._set_aside)
+            step = directories.newest(self.root, verify=self._options.verify, on_damage=self._set_aside)
         step = distributed.agree(-1 if step is None else step)
         if step >= 0:
             path = self.root / str(step)
             return Found(step, path, read_record(path))
-        if steps.all_damaged(self.root):
+        if directories.all_damaged(self.root):
             raise UserError(
                 f"no undamaged checkpoint is left under {self.root}: the damaged ones are in its directory damaged/; "
                 "move that away to start again from step 0"
@@ -103,7 +104,7 @@ class Checkpoints:
         return None
 
     def _set_aside(self, step: int, fault: str) -> None:
-        place = steps.set_aside(self.root, step)
+        place = directories.set_aside(self.root, step)
         self._report(f"checkpoint {step} is damaged ({fault}): moved to {place}, trying the one before")
 
     def restore(self, found: Found, target: Any) -> Any:
@@ -141,8 +142,8 @@ class Checkpoints:
         self._writer.wait_until_finished()
         if jax.process_index() == 0:
             options = self._options
-            keep = steps.best(self.root, metric=options.keep_best) if options.keep_best else ()
-            steps.prune(self.root, keep_last=options.keep_last, keep_every=options.keep_every, keep=keep)
+            keep = directories.best(self.root, metric=options.keep_best) if options.keep_best else ()
+            directories.prune(self.root, keep_last=options.keep_last, keep_every=options.keep_every, keep=keep)
 
     def check(self) -> None:
         """Whether a background save failed; costs nothing, so call it after every step.
@@ -164,7 +165,7 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def _failure(self, error: BaseException) -> UserError | Interrupted:
-        good = steps.complete(self.root)
+        good = directories.complete(self.root)
         last = f"the last good one is step {good[-1]}" if good else "there is no earlier one"
         failure = f"saving {self._current} failed ({_reason(error)}); {last}"
         if isinstance(_cause(error), jax.errors.JaxRuntimeError):  # another process or a device is gone: nothing to mend here
@@ -195,10 +196,10 @@ def load(path: epath.PathLike, *, weights: str = "ema", verify: bool = True) -> 
     Raises:
         UserError: if there is no checkpoint, it is damaged, or it lacks the weights asked for.
     """
-    quiet.quieten_orbax()
+    orbax_logging.quieten_orbax()
     if weights not in ITEMS_UNREAD:
         raise UserError(f"weights={weights!r} is unknown: it is one of {', '.join(ITEMS_UNREAD)}")
-    path = steps.find(path, verify=verify, report=distributed.say, unread=ITEMS_UNREAD[weights])
+    path = directories.find(path, verify=verify, report=distributed.say, unread=ITEMS_UNREAD[weights])
     record = read_record(path)
     model = dip.from_config(record.config.model)
     if weights == "initial":
@@ -233,13 +234,13 @@ def write_weights(workdir: epath.PathLike, params: Params, *, config: Config, st
     Raises:
         UserError: if the step exists already or the directory cannot be written.
     """
-    quiet.quieten_orbax()
-    root = guard.absolute(workdir) / steps.ROOT
+    orbax_logging.quieten_orbax()
+    root = guard.absolute(workdir) / directories.ROOT
     guard.require_writable(root)
     path = root / str(step)
     if path.exists():
         raise UserError(f"{path} exists already: choose another output directory")
-    with _async_writer(lambda: steps.write_manifest(path)) as writer:
+    with _async_writer(lambda: directories.write_manifest(path)) as writer:
         items = {"ema": _arrays_item(params), "config": _config_item(Record(config, {}))}
         writer.save(path, args=ocp.args.Composite(**items))
     return path
@@ -275,7 +276,7 @@ def _read(item: epath.Path, target: Any, *, partial: bool = False) -> Any:
     try:
         with ocp.PyTreeCheckpointer() as reader:
             stored = reader.metadata(item).item_metadata.tree
-            if difference := misfit.describe(stored, target, partial=partial):
+            if difference := mismatch.describe(stored, target, partial=partial):
                 raise UserError(f"{item} does not fit this model: {difference}")
             restore_args = ocp.checkpoint_utils.construct_restore_args(target)
             args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from etils import epath
 from jaxtyping import Array, Bool
 
-from dip_jax import guard
 from dip_jax.config import Train
+from dip_jax.runtime import guard
 
 _SPIKE = 10.0  # a gradient norm this many times the median of the last _WINDOW is reported
 _WINDOW = 100

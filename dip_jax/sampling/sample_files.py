@@ -22,8 +22,8 @@ from etils import epath
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from dip_jax import guard
 from dip_jax.errors import UserError
+from dip_jax.runtime import guard
 
 _CHUNK = 1 << 20  # bytes copied at once when the parts are joined
 

@@ -10,7 +10,7 @@ import optax
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dip_jax import sharding
+from dip_jax.runtime import sharding
 from dip_jax.typing import Params, PRNGKey
 
 

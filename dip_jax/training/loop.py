@@ -11,13 +11,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from dip_jax import bad_numbers, checkpoint, distributed, drawing, figures, guard, optim, state, step, writers
+from dip_jax.checkpoints import checkpoint
 from dip_jax.config import Config, Train, to_dict
 from dip_jax.data import pipeline
 from dip_jax.errors import Exit, Interrupted
 from dip_jax.jobs import evaluate
 from dip_jax.metrics import image_sets
 from dip_jax.models import dip
+from dip_jax.reporting import figures
+from dip_jax.runtime import distributed, guard, writers
+from dip_jax.sampling import trajectories
+from dip_jax.training import bad_numbers, optim, state, step
 from dip_jax.typing import Params
 
 _PATIENCE = 10.0  # the watchdog waits this many times longer for compiling, saving and sampling
@@ -239,7 +243,9 @@ class Run:
 
     def _draw(self, labels: np.ndarray, params: Params) -> np.ndarray:
         """Samples, one per label; the same noise every time."""
-        batches = drawing.draw_batches(self._model, params, labels=labels, seed=0, options=self._config.sample, mesh=self._mesh)
+        batches = trajectories.draw_batches(
+            self._model, params, labels=labels, seed=0, options=self._config.sample, mesh=self._mesh
+        )
         return np.concatenate([images for _, images in batches])
 
     def _show_samples(self) -> None:

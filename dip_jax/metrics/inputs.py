@@ -10,12 +10,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dip_jax import config, drawing, figures, sharding
+from dip_jax import config
 from dip_jax.data import pipeline
 from dip_jax.jobs.sample import interleave
 from dip_jax.metrics import image_sets
 from dip_jax.metrics.image_sets import ImageSet, ReferenceFile
 from dip_jax.models import dip
+from dip_jax.reporting import figures
+from dip_jax.runtime import sharding
+from dip_jax.sampling import trajectories
 from dip_jax.typing import Params
 
 _READERS = 16  # threads that decode a dataset's images
@@ -41,7 +44,7 @@ def drawn_samples(
 
     def batches(size: int) -> Iterator[np.ndarray]:
         arguments = {"labels": labels, "seed": seed, "options": options, "mesh": sharding.make_mesh(config.Mesh())}
-        for _, images in drawing.draw_batches(model, params, **arguments):
+        for _, images in trajectories.draw_batches(model, params, **arguments):
             for start in range(0, len(images), size):
                 yield images[start : start + size]
 

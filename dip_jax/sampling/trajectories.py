@@ -17,9 +17,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int, UInt8
 
-from dip_jax import config, flow, sampler, sharding
+from dip_jax import config, flow
 from dip_jax.errors import UserError
 from dip_jax.models import dip
+from dip_jax.runtime import sharding
+from dip_jax.sampling import sampler
 from dip_jax.typing import Params
 
 # Per device, for the modulations of all steps; more would crowd out images, which gain more by a large batch.

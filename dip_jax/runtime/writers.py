@@ -18,7 +18,7 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from dip_jax import guard
+from dip_jax.runtime import guard
 
 Row = dict[str, Any]
 

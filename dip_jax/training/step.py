@@ -10,10 +10,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from dip_jax import flow, sharding
+from dip_jax import flow
 from dip_jax.config import Flow, Optim
-from dip_jax.optim import ema_decay
-from dip_jax.state import TrainState
+from dip_jax.runtime import sharding
+from dip_jax.training.optim import ema_decay
+from dip_jax.training.state import TrainState
 from dip_jax.typing import Images, Params, PRNGKey, RawImages
 
 Metrics = dict[str, Float[Array, ""]]

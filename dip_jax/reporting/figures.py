@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from dip_jax.drawing import Frames
+from dip_jax.sampling.trajectories import Frames
 
 _PAPER, _INK, _FAINT = (255, 255, 255), (28, 30, 33), (120, 124, 130)
 _CELL = 96  # images are enlarged by whole factors until they are about this wide

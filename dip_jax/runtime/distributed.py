@@ -224,7 +224,7 @@ def largest(value: int) -> int:
 def code_version() -> str:
     """A digest of the package's source files: what two hosts must share to run the same program."""
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+    for path in sorted(pathlib.Path(__file__).parent.parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

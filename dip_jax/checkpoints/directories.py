@@ -17,8 +17,8 @@ from collections.abc import Callable, Collection, Iterator
 
 from etils import epath
 
-from dip_jax import foreign, guard, writers
 from dip_jax.errors import UserError
+from dip_jax.runtime import guard, writers
 
 MANIFEST = "MANIFEST.sha256"
 ROOT = "checkpoints"  # inside a workdir
@@ -134,14 +134,14 @@ def find(path: epath.PathLike, *, verify: bool, report: Callable[[str], None], u
     path = guard.absolute(path)
     wanted = "give a workdir or one of its checkpoints/STEP directories"
     if not _is_dir(path):
-        raise UserError(f"{path} {foreign.describe(path) if path.exists() else 'is no directory'}: {wanted}")
+        raise UserError(f"{path} {other_formats.describe(path) if path.exists() else 'is no directory'}: {wanted}")
     if (path / "config").is_dir() or (path / MANIFEST).exists():
         if verify and (fault := damage(path, unread=unread)):
             raise UserError(f"{path} is damaged ({fault}): use another step of the same workdir")
         return path
     root = path / ROOT if (path / ROOT).is_dir() else path
     if not complete(root):
-        raise UserError(f"{path} holds no checkpoint, it {foreign.describe(root)}: {wanted}")
+        raise UserError(f"{path} holds no checkpoint, it {other_formats.describe(root)}: {wanted}")
     step = newest(
         root,
         verify=verify,

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from dip_jax.hlo import Collective
+from dip_jax.planning.hlo import Collective
 
 EFFICIENCY = 0.4  # of the peak FLOPs: what well-tuned diffusion transformers reach
 LINK_EFFICIENCY = 0.8  # of a link's rate
