@@ -3,7 +3,7 @@
     python benchmarks/head.py [--width=64] [--batch=1] [--dtype=float32] [--rounds=5]      minutes on two CPU cores
     python benchmarks/head.py --batch=64 --dtype=bfloat16 --rounds=20                      one call on a GPU
 
-    naive    the plain definition (`tests/plain_unet.py`), vmapped over the patches
+    naive    the plain definition (`tests/support/plain_unet.py`), vmapped over the patches
     folded   `models/folding.py`, patches in the batch: what runs on accelerators
     grouped  folded, in groups of patches where they are many: what runs on a CPU
     remat    folded, its activations made again in the backward pass
@@ -21,7 +21,7 @@ import sys
 
 import measuring
 
-sys.path.append(str(measuring.ROOT / "tests"))
+sys.path.append(str(measuring.ROOT / "tests" / "support"))
 
 import jax
 import jax.numpy as jnp

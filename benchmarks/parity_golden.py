@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import dataclasses  # noqa: E402
 
@@ -85,7 +85,7 @@ def main() -> int:
         print(f"{case.name:<18} max |difference| / max |output| = {difference:.2e}   (max |output| {scale:.3f})", flush=True)
         recorded[case.name], recorded[f"{case.name}/scale"] = parity_cases.thin(theirs), scale
     if arguments.record:
-        np.savez_compressed(parity_cases.GOLDEN, **recorded)
+        np.savez_compressed(parity_cases.ANSWERS, **recorded)
     print(f"worst {worst:.2e}, bound {BOUND:.0e}")
     return int(worst > BOUND)
 

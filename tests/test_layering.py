@@ -2,80 +2,52 @@
 
 import ast
 import gc
+import graphlib
 import pathlib
 
 import pytest
+from places import ROOT
 
-PACKAGE = pathlib.Path(__file__).parent.parent / "dip_jax"
+PACKAGE = ROOT / "dip_jax"
 
+# A file imports from lower floors and from its own folder; a new file needs no entry.
 FLOORS = {
-    "errors": 0,
     "typing": 0,
+    "errors": 0,
     "config": 0.5,  # reads errors
-    "command_line": 1,
     "flow": 1,
-    "sharding": 1,
-    "optim": 1,
-    "distributed": 1,
-    "guard": 0.8,  # writers and steps read it
-    "writers": 1,
-    "steps": 1.1,  # reads the table of metrics
-    "bad_numbers": 1,
-    "foreign": 0.5,  # steps reads it
-    "misfit": 1,
-    "quiet": 1,
-    "hlo": 1,
-    "hardware": 1.5,  # reads hlo
-    "config_change": 1,
-    "torch_file": 1,
-    "models.patches": 2,
-    "models.layers": 2,
-    "models.folding": 2,
-    "state": 2,
-    "sampler": 2,
-    "models.condition": 2.5,
-    "models.backbone": 3,
-    "models.detailers": 3,
-    "step": 3,
-    "models.placement": 4,
-    "cost": 4,
-    "models.dip": 5,
-    "checkpoint": 6,
-    "drawing": 6,
-    "plan": 6,
-    "sample_files": 6,
-    "figures": 7,
-    "report": 7.5,
-    "jobs.sample": 8,
-    "jobs.prepare": 8,
-    "jobs.convert": 8,
-    "jobs.info": 8,
-    "candidates": 8.5,  # interleaves labels as sampling does
-    "jobs.evaluate": 9,
-    "training": 9.5,
-    "jobs.train": 10,
-    "__main__": 11,
-    "__init__": 11,
+    "runtime": 1,
+    "models": 2,
+    "data": 2,
+    "sampling": 3,
+    "checkpoints": 3,
+    "reporting": 4,
+    "metrics": 5,
+    "training": 6,
+    "planning": 7,
+    "jobs": 8,
+    "__main__": 9,
+    "__init__": 9,
 }
-FOLDERS = {"data": (2, 3), "metrics": (2, 3)}  # files of these may import each other in one order, tested by importing them
 
 ONE_DOOR = {  # third-party module -> the only places that may import it
     "flax.linen": ("models.",),
-    "orbax": ("checkpoint",),
-    "tensorboardX": ("writers", "metrics."),
-    "matplotlib": ("figures",),
+    "orbax": ("checkpoints.checkpoint",),
+    "tensorboardX": ("runtime.writers", "metrics."),
+    "matplotlib": ("reporting.figures",),
     "grain": ("data.",),
     "tensorflow_datasets": ("data.",),
     "array_record": ("data.", "jobs.prepare"),
     "tensorflow": (),
     "torch": (),
-    "pickle": ("torch_file",),
+    "pickle": ("checkpoints.torch_file",),
 }
 
 
 def modules() -> dict[str, pathlib.Path]:
     files = {path.relative_to(PACKAGE).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
-    return {".".join(name.parts): path for name, path in files.items() if name.name != "__init__" or len(name.parts) == 1}
+    named = {".".join(name.parts).removesuffix(".__init__"): path for name, path in files.items()}
+    return {name: path for name, path in named.items() if path.stat().st_size}
 
 
 def imports(path: pathlib.Path) -> set[str]:
@@ -120,23 +92,48 @@ def test_files_are_parsed_whatever_the_collector_finds():
 
 def floor(name: str) -> float:
     folder = name.split(".")[0]
-    if name not in FLOORS and folder in FOLDERS:
-        return FOLDERS[folder][1]
-    assert name in FLOORS, f"dip_jax/{name.replace('.', '/')}.py stands on no floor: give it one in {__file__}"
-    return FLOORS[name]
+    assert folder in FLOORS, f"dip_jax/{folder} stands on no floor: give it one in {__file__}"
+    return FLOORS[folder]
+
+
+def own_imports(name: str) -> set[str]:
+    """Modules of the package that a module imports."""
+    known = modules()
+    targets = {imported.removeprefix("dip_jax.") for imported in imports(known[name]) if imported.startswith("dip_jax.")}
+    return {target for target in targets if target in known}
 
 
 @pytest.mark.parametrize("name", modules())
 def test_imports_come_from_lower_floors(name):
-    known = modules()
-    for imported in imports(modules()[name]):
-        target = imported.removeprefix("dip_jax.")
-        if not imported.startswith("dip_jax.") or target not in known:
-            continue
-        same_folder = name.split(".")[0] in FOLDERS and name.split(".")[0] == target.split(".")[0]
+    for target in own_imports(name):
+        same_folder = name.split(".")[0] == target.split(".")[0]
         assert same_folder or floor(target) < floor(name), (
             f"{name} (floor {floor(name)}) imports {target} (floor {floor(target)})"
         )
+
+
+def test_files_of_a_folder_import_each_other_in_one_order():
+    graph = {name: {other for other in own_imports(name) if other.split(".")[0] == name.split(".")[0]} for name in modules()}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the files' names
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name.startswith("jobs.")])
+def test_a_command_imports_no_other_command(name):
+    assert not {target for target in own_imports(name) if target.startswith("jobs.")}
+
+
+def test_the_root_shows_concepts():
+    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 8
+
+
+@pytest.mark.parametrize("name", modules())
+def test_files_and_functions_are_short(name):
+    text = modules()[name].read_text()
+    assert text.count("\n") <= 300, f"{name}: {text.count(chr(10))} lines, at most 300: split it by concepts"
+    for node in ast.walk(parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 80, f"{name}.{node.name}: {length} lines, at most 80"
 
 
 @pytest.mark.parametrize("library", ONE_DOOR)

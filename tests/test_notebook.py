@@ -4,19 +4,18 @@ To refresh the outputs: `DIP_CHECKPOINT=runs/demo jupyter execute --inplace note
 """
 
 import os
-import pathlib
 import re
 
 import jax
 import nbclient
 import nbformat
 import pytest
+from places import ROOT
 
 from dip_jax import config
 from dip_jax.checkpoints import checkpoint
 from dip_jax.models import dip
 
-ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "dip_colab.ipynb"
 
 

@@ -11,6 +11,7 @@ import pytest
 import small_data
 from absl import flags
 from PIL import Image
+from places import ROOT
 from test_convert import tensors, write
 
 from dip_jax import __main__, config
@@ -18,7 +19,6 @@ from dip_jax.checkpoints import checkpoint
 from dip_jax.models import detailers, dip
 from dip_jax.runtime import command_line
 
-ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (.*?) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 MARK = re.compile(r"(run by|needs hardware): \S.*")
@@ -55,7 +55,7 @@ def test_every_shell_block_of_the_readme_is_run_or_marked():
     assert len(found) > 5
     for mark, text in found:
         assert MARK.fullmatch(mark), f"say above this block what runs it or what it needs:\n{text}"
-        for test in re.findall(r"tests/\w+\.py", mark):
+        for test in re.findall(r"tests/[\w/]+\.py", mark):
             assert (ROOT / test).exists(), f"{test} does not exist"
 
 

@@ -12,14 +12,14 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from faults import harness
+from places import ROOT
 
 from dip_jax.__main__ import main
 from dip_jax.checkpoints import checkpoint, directories
 from dip_jax.errors import Exit
 from dip_jax.models import dip
-from faults import harness
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 CONFIG = "--config=configs/demo.py"
 
 

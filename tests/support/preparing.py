@@ -9,8 +9,6 @@ import numpy as np
 from PIL import Image
 from test_data_images import encoded, photograph
 
-ROOT = pathlib.Path(__file__).parent.parent
-
 # `prepare` with SHARD images per shard, whose writers count the images they begin and stop for ever at number LAST.
 COUNTED_JOB = """
 import os, sys, time

@@ -1,6 +1,6 @@
 """Real processes over loopback: every topology the same run; one life of a run over changing process counts; mistakes.
 
-CI runs a reduced set (`--slow`). All topologies: `bash launch/test.sh --slow --campaign -s tests/test_hosts.py`.
+CI runs a reduced set (`--slow`). All topologies: `bash launch/test.sh --slow --campaign -s tests/runtime/test_hosts.py`.
 """
 
 import json

@@ -6,18 +6,18 @@ where the weights do.
 """
 
 import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 import skimage.data
 from PIL import Image
+from places import GOLDEN
 
 from dip_jax.errors import UserError
 from dip_jax.metrics import features, lite0
 
-GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "lite0.json").read_text())
+ANSWERS = json.loads((GOLDEN / "lite0.json").read_text())
 EGYPTIAN_CAT, ESPRESSO = 285, 967  # ImageNet classes
 LABELS = {"chelsea": EGYPTIAN_CAT, "coffee": ESPRESSO}
 
@@ -37,7 +37,7 @@ def test_features_and_logits_equal_pytorch_and_name_the_photographs(params, size
     names = list(LABELS)
     out = jax.tree.map(np.asarray, lite0.features(params, np.concatenate([photograph(name, size) for name in names])))
     for pool, logits, name in zip(out["pool"], out["logits"], names, strict=True):
-        golden = GOLDEN[f"{name} {size}"]
+        golden = ANSWERS[f"{name} {size}"]
         np.testing.assert_allclose(pool[::40], golden["pool"], atol=1e-4)
         np.testing.assert_allclose(logits[::25], golden["logits"], atol=1e-4)
         np.testing.assert_allclose(np.linalg.norm(pool), golden["pool_norm"], rtol=1e-5)

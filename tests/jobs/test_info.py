@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
+from places import ROOT
 from test_models import COMBINATIONS, small
 
 from dip_jax import __main__, config
@@ -15,7 +15,7 @@ from dip_jax.jobs import info
 from dip_jax.models import cost, folding
 from dip_jax.models.detailers import HEADS
 
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 
 
 def load(name: str, *arg: str) -> config.Config:

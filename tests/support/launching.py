@@ -8,9 +8,9 @@ import socket
 import subprocess
 import sys
 
+from places import ROOT, SUPPORT
 from small_data import write_dataset
 
-ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 12
 
 # What launchers start as PYTHON: dip_jax with slow steps, so that what a test does meets a run in full swing. SLURM's second
@@ -57,7 +57,7 @@ def write_config(folder: pathlib.Path, *, steps: int = STEPS) -> pathlib.Path:
 def write_slow_python(folder: pathlib.Path, *, seconds: float = 0.1) -> pathlib.Path:
     """An interpreter for launchers whose training steps take so long, at least."""
     file = folder / "python"
-    file.write_text(SLOW_PYTHON.format(python=sys.executable, path=[str(ROOT), str(ROOT / "tests")], seconds=seconds))
+    file.write_text(SLOW_PYTHON.format(python=sys.executable, path=[str(ROOT), str(SUPPORT)], seconds=seconds))
     file.chmod(0o755)
     return file
 

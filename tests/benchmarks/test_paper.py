@@ -7,13 +7,12 @@ import pathlib
 import numpy as np
 import pytest
 from PIL import Image
+from places import ROOT
 
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import figure3, figure4, figure10, measure, scale, session, table2, tables
 from dip_jax import config
 from dip_jax.errors import Exit, Interrupted, UserError
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 _FIELDS = {"size": "tiny", "dtype": "float32", "remat": "none", "head_remat": False, "width": 16, "depth": 1, "num_heads": 1}
 TINY = scale.Scale(

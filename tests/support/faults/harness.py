@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
+from places import ROOT, SUPPORT
 
 from dip_jax.config import Config, from_dict, to_dict
 from dip_jax.data import shards
 from dip_jax.runtime import writers
 
-TESTS = pathlib.Path(__file__).parent.parent
 EXACT = ("loss", "grad_norm", "param_norm", "skipped", "replaced")  # columns that a resumed run must repeat bit for bit
 
 
@@ -112,7 +112,7 @@ class Nursery:
             "XLA_FLAGS": flags(devices),
             "JAX_COMPILATION_CACHE_DIR": os.environ.get("DIP_TEST_CACHE", "/tmp/dip_jax_test_cache") + "_faults",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)]),
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "faults.nursery"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -14,7 +14,7 @@ import pytest
 from dip_jax import config
 from dip_jax.errors import UserError
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 
 import heads_cost
 import measuring

@@ -20,7 +20,7 @@ def _marked(case: parity_cases.Case):
 
 @pytest.mark.parametrize("case", [_marked(case) for case in parity_cases.CASES])
 def test_outputs_equal_those_of_the_pytorch_module(case):
-    with np.load(parity_cases.GOLDEN) as golden:
+    with np.load(parity_cases.ANSWERS) as golden:
         expected, scale = golden[case.name], golden[f"{case.name}/scale"]
     model, params = convert.from_tensors(parity_cases.random_tensors(case), source=case.source, image_size=case.image_size)
     network = dip.from_config(dataclasses.replace(model, dtype="float32"))

@@ -2,18 +2,17 @@
 
 import json
 import os
-import pathlib
 import socket
 import subprocess
 import sys
 import textwrap
 
 import pytest
+from places import ROOT, SUPPORT
 from small_data import write_dataset
 
 from dip_jax.data import pipeline
 
-ROOT = pathlib.Path(__file__).parent.parent
 COUNT, BATCH, START, STEPS = 23, 8, 4, 3
 
 HOST = """
@@ -52,7 +51,7 @@ def run(folder, tmp_path, *, hosts: int, mesh: list[int], workers: int) -> list[
         address = f"localhost:{free.getsockname()[1]}"
     env = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // hosts}",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "PYTHONPATH": f"{ROOT}:{SUPPORT}",
     }
     jobs = [
         subprocess.Popen(

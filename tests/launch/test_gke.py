@@ -4,14 +4,14 @@ The schema below is written from the API reference (jobset.sigs.k8s.io, kubernet
 """
 
 import copy
-import pathlib
 import re
 from typing import Any
 
 import pytest
 import yaml
+from places import ROOT
 
-FILES = sorted((pathlib.Path(__file__).parent.parent / "launch" / "gke").glob("*.yaml"))
+FILES = sorted((ROOT / "launch" / "gke").glob("*.yaml"))
 
 
 class Need:

@@ -8,12 +8,13 @@ import pathlib
 import pytest
 from absl import flags
 from ml_collections import ConfigDict
+from places import ROOT
 
 from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.runtime import command_line
 
-CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 
 def load(path: pathlib.Path) -> ConfigDict:

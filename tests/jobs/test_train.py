@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from faults import harness
 from PIL import Image
+from places import ROOT
 
 from dip_jax import config
 from dip_jax.__main__ import main
@@ -20,8 +21,6 @@ from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.jobs import train
 from dip_jax.runtime import guard, writers
 from dip_jax.training import config_change, state, step
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture

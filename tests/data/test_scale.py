@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from places import ROOT
 from small_data import write_dataset
 
-TESTS = pathlib.Path(__file__).parent
 RECORDS, BATCH = 1_280_000, 256
 
 # A process of its own: what other tests hold and free is not what the pipeline does.
@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 def check(folder: pathlib.Path, *, start_step: int, batches: int) -> None:
     result = subprocess.run(
         [sys.executable, "-c", READER, str(folder), str(start_step), str(batches)],
-        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

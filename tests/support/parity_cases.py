@@ -5,14 +5,14 @@ recorded.
 """
 
 import dataclasses
-import pathlib
 import zlib
 
 import numpy as np
+from places import GOLDEN
 
 from dip_jax.jobs.convert import Sizes, tensor_shapes
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "parity.npz"
+ANSWERS = GOLDEN / "parity.npz"
 NUM_CLASSES = 7
 
 

@@ -7,6 +7,7 @@ import sys
 
 import launching
 import pytest
+from places import SUPPORT
 
 NAME = ("--name=dip", "--zone=here", "--poll=0", "--accelerator=cpu")
 
@@ -17,7 +18,7 @@ def pod(tmp_path):
     shim = tmp_path / "shim"
     (shim / "bin").mkdir(parents=True)
     gcloud = shim / "bin" / "gcloud"
-    gcloud.write_text(f'#!/bin/bash\nexec {sys.executable} {launching.ROOT / "tests" / "gcloud_shim.py"} "$@"\n')
+    gcloud.write_text(f'#!/bin/bash\nexec {sys.executable} {SUPPORT / "gcloud_shim.py"} "$@"\n')
     gcloud.chmod(0o755)
     slow = launching.write_slow_python(tmp_path)
     path = launching.environment()["PATH"]

@@ -6,7 +6,6 @@ at hand here: the file format and the arithmetic are checked, not the published 
 """
 
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -15,19 +14,20 @@ import random_inception
 import safetensors.numpy
 import skimage.data
 from PIL import Image
+from places import GOLDEN
 from tensorboardX.proto.graph_pb2 import GraphDef
 
 from dip_jax.errors import UserError
 from dip_jax.metrics import features, inception
 
-GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "inception.json").read_text())
+ANSWERS = json.loads((GOLDEN / "inception.json").read_text())
 PARTS = {"conv.weight": "conv2d_params", "bn.weight": "batchnorm/gamma", "bn.bias": "batchnorm/beta"}
 PARTS |= {"bn.running_mean": "batchnorm/moving_mean", "bn.running_var": "batchnorm/moving_variance"}
 
 
 @pytest.fixture(scope="module")
 def tensors():
-    return random_inception.tensors(GOLDEN["shapes"])
+    return random_inception.tensors(ANSWERS["shapes"])
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def photograph(size):
 def test_all_three_outputs_equal_an_independent_implementation(params, size):
     out = jax.tree.map(np.asarray, inception.features(params, photograph(size)))
     assert {name: value.shape[1] for name, value in out.items()} == {**inception.DIMENSIONS, "logits": 1008}
-    for name, golden in GOLDEN[str(size)].items():
+    for name, golden in ANSWERS[str(size)].items():
         np.testing.assert_allclose(out[name][0, ::61], golden["values"], rtol=0, atol=1e-5 * golden["largest"], err_msg=name)
         np.testing.assert_allclose(np.linalg.norm(out[name]), golden["norm"], rtol=1e-5, err_msg=name)
 
@@ -116,7 +116,7 @@ def test_the_tensorflow_graph_gives_the_same_parameters(tensors, params, tmp_pat
 def test_the_scopes_are_those_of_the_graph():
     scopes = inception._convolutions()
     assert len(scopes) == len(set(scopes.values())) == 94
-    assert set(scopes) == set(GOLDEN["shapes"])
+    assert set(scopes) == set(ANSWERS["shapes"])
     assert scopes["Mixed_6d.branch1x1"] == "mixed_6/conv"  # what sFID reads
     assert scopes["Mixed_7c.branch3x3dbl_3b"] == "mixed_10/tower_1/mixed/conv_1"
 
