@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from dip_jax import config
-from dip_jax.checkpoints import checkpoint, directories
+from dip_jax.checkpoints import checkpoint, directories, manifest
 from dip_jax.models import dip
 from dip_jax.runtime import sharding
 from dip_jax.training import optim, state
@@ -63,7 +63,7 @@ def measure(rounds: int, folder: pathlib.Path) -> dict[str, float]:
             clock("save_holds_training", lambda: checkpoints.save(number, carry, record))
             checkpoints.wait()
 
-        original = directories.write_manifest
+        original = manifest.write_manifest
         shutil.rmtree(folder, ignore_errors=True)
         with mock.patch.object(directories, "write_manifest", lambda path: clock("manifest", lambda: original(path))):
             checkpoints = checkpoint.Checkpoints(folder, config.Checkpoint(keep_last=1))

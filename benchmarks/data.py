@@ -34,7 +34,7 @@ from absl import app, flags
 from PIL import Image
 
 from dip_jax import config
-from dip_jax.data import images, photo_crops, pipeline, shards
+from dip_jax.data import images, order, photo_crops, pipeline, prepared, shards
 from dip_jax.jobs import prepare
 from dip_jax.models.dip import from_config
 from dip_jax.runtime import sharding
@@ -124,7 +124,7 @@ def rate_of_pipeline(stream: Iterator, count: int) -> float:
 def open_stream(folder: pathlib.Path, *, num_workers: int) -> Iterator:
     """Batches of 16, in their order of training; its threads and workers run."""
     data = config.Data(batch_size=16, num_workers=num_workers, num_threads=2)
-    stream = iter(pipeline.host_batches(pipeline.open_dataset(folder, image_size=SIZE), data, rows=range(16), seed=0))
+    stream = iter(pipeline.host_batches(prepared.open_dataset(folder, image_size=SIZE), data, rows=range(16), seed=0))
     next(stream)
     return stream
 
@@ -197,11 +197,11 @@ def scale(scratch: pathlib.Path) -> list[dict]:
     result = {"records": RECORDS.value, "shards": -(-RECORDS.value // 2048)}
     for key, start in (("start_seconds", 0), ("resume_at_700000_seconds", 700_000)):
         began = time.perf_counter()
-        dataset = pipeline.open_dataset(scratch / "tiny")
+        dataset = prepared.open_dataset(scratch / "tiny")
         stream = iter(pipeline.host_batches(dataset, data, rows=range(256), seed=0, start_step=start))
         batch = next(stream)
         result[key] = time.perf_counter() - began
-        planned = pipeline.batch_indices(len(dataset), batch_size=256, seed=0, step=start)
+        planned = order.batch_indices(len(dataset), batch_size=256, seed=0, step=start)
         assert [int.from_bytes(image.tobytes(), "little") for image in batch["image"]] == planned.tolist()
     memory, began = [], time.perf_counter()
     for k in range(BATCHES.value):
@@ -255,7 +255,7 @@ def step(scratch: pathlib.Path) -> list[dict]:
     return [step_row(name, values, seconds["constant"], batch=data.batch_size) for name, values in seconds.items()]
 
 
-def open_datasets(scratch: pathlib.Path, size: int) -> Iterator[pipeline.Dataset]:
+def open_datasets(scratch: pathlib.Path, size: int) -> Iterator[prepared.Dataset]:
     """The dataset that is asked for, or photographs in three encodings."""
     if DATA.value:
         folders = [DATA.value]
@@ -263,7 +263,7 @@ def open_datasets(scratch: pathlib.Path, size: int) -> Iterator[pipeline.Dataset
         make_photographs(scratch / "photographs", IMAGES.value)
         folders = write_encodings(scratch, ("original", "tiff", "raw"), size).values()
     for folder in folders:
-        yield pipeline.open_dataset(folder, image_size=size)
+        yield prepared.open_dataset(folder, image_size=size)
 
 
 def step_row(name: str, values: Sequence[float], constant: Sequence[float], *, batch: int) -> dict:

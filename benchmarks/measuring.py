@@ -30,7 +30,7 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from dip_jax import config  # noqa: E402
 from dip_jax.errors import UserError  # noqa: E402
 from dip_jax.models import cost, dip  # noqa: E402
-from dip_jax.planning import prediction  # noqa: E402
+from dip_jax.runtime import accelerators  # noqa: E402
 from dip_jax.sampling import sampler  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -202,7 +202,7 @@ def forward_flops(model: dip.DiP) -> int:
 def utilisation(flops_per_second: float) -> float | None:
     """The share of the accelerator's bf16 peak; None where the peak is not known."""
     kind = jax.devices()[0].device_kind
-    peaks = [chip.flops for name, chip in prediction.ACCELERATORS.items() if name in kind]
+    peaks = [chip.flops for name, chip in accelerators.ACCELERATORS.items() if name in kind]
     return flops_per_second / peaks[0] if peaks else None
 
 

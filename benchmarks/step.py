@@ -20,7 +20,7 @@ import measuring
 import numpy as np
 
 from dip_jax import config
-from dip_jax.data import pipeline
+from dip_jax.data import pipeline, prepared
 from dip_jax.models import dip
 from dip_jax.runtime import sharding
 from dip_jax.training import state, step
@@ -108,7 +108,7 @@ def loop(options: argparse.Namespace) -> list[dict]:
     case, pending = Case(model, options.batch), None
     data = config.Data(path=options.loop, batch_size=options.batch, num_threads=2)
     batches = pipeline.batches(
-        pipeline.open_dataset(options.loop),
+        prepared.open_dataset(options.loop),
         data,
         mesh=case.mesh,
         image_size=options.image_size,

@@ -9,7 +9,7 @@ from benchmarks.paper import measure, plots, tables
 from benchmarks.paper.scale import photo_crops_config
 from benchmarks.paper.session import Session
 from benchmarks.paper.table2 import VARIANTS, run_name
-from dip_jax.data import pipeline
+from dip_jax.data import prepared
 
 POINTS, SCORES = "figure4.csv", "figure4_scores.csv"
 SHOWN = ("DiT-only", "U-Net, post-hoc", "U-Net, intermediate", "U-Net, hybrid")
@@ -24,7 +24,7 @@ def compute(session: Session) -> None:
     data = session.photo_crops()
     session.expect(len(SHOWN) * len(session.scale.seeds))
     images, labels = measure.read_images(data / "validation", 10 * session.scale.points_per_class)
-    names = pipeline.open_dataset(data / "validation").classes
+    names = prepared.open_dataset(data / "validation").classes
 
     def quality(workdir: pathlib.Path) -> dict:
         return measure.quality(workdir, session.scale, data)

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.paper.scale import Scale
 from dip_jax import config, flow
 from dip_jax.checkpoints import checkpoint, directories
-from dip_jax.data import pipeline
+from dip_jax.data import prepared
 from dip_jax.metrics import features, inputs
 from dip_jax.metrics.judge import Judge
 from dip_jax.models import dip
@@ -61,7 +61,7 @@ def quality(workdir: pathlib.Path, scale: Scale, data: pathlib.Path) -> dict[str
 @functools.lru_cache(maxsize=2)
 def read_images(folder: pathlib.Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     """`count` images of a dataset, spread evenly over it: uint8 [N, H, W, 3], int32 [N]."""
-    dataset = pipeline.open_dataset(folder)
+    dataset = prepared.open_dataset(folder)
     chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist()
     records = [dataset[i] for i in chosen]
     return np.stack([r["image"] for r in records]), np.array([r["label"] for r in records], np.int32)
@@ -70,7 +70,7 @@ def read_images(folder: pathlib.Path, count: int) -> tuple[np.ndarray, np.ndarra
 @functools.lru_cache(maxsize=1)
 def judge(data: pathlib.Path, count: int) -> Judge:
     """Judges against `count` validation images; their statistics are taken once."""
-    reference = inputs.dataset_images(pipeline.open_dataset(data / "validation"), count=count)
+    reference = inputs.dataset_images(prepared.open_dataset(data / "validation"), count=count)
     return Judge(features.open_network("lite0"), reference, batch_size=50)
 
 

@@ -28,11 +28,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dip_jax.checkpoints import directories, mismatch, orbax_logging
+from dip_jax.checkpoints import directories, manifest, mismatch, orbax_logging
 from dip_jax.config import Checkpoint, Config, from_dict, to_dict
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
-from dip_jax.runtime import distributed, guard
+from dip_jax.runtime import distributed, storage
 from dip_jax.typing import Params
 
 _FILE_BYTES = 2**26  # one file is hashed by one core: many of middling size keep all cores busy
@@ -72,15 +72,15 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, options: Checkpoint, *, report: Callable[[str], None] | None = None):
         orbax_logging.quieten_orbax()
-        self.root = guard.absolute(workdir) / directories.ROOT
+        self.root = storage.absolute(workdir) / directories.ROOT
         self._options = options
         self._report = report or distributed.say
         self._current = self.root  # the step being written
         self._saving: concurrent.futures.Future | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writer = _async_writer(lambda: directories.write_manifest(self._current))
+        self._writer = _async_writer(lambda: manifest.write_manifest(self._current))
         if jax.process_index() == 0:
-            guard.require_writable(self.root)
+            storage.require_writable(self.root)
             directories.clean(self.root)
 
     def find(self) -> Found | None:
@@ -129,7 +129,7 @@ class Checkpoints:
         self.wait()
         if (self.root / str(step)).exists():
             return
-        guard.require_space(self.root, int(1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))))
+        storage.require_space(self.root, int(1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))))
         self._current = self.root / str(step)
         items = {"state": _arrays_item(_state(state)), "ema": _arrays_item(state.ema), "config": _config_item(record)}
         try:
@@ -235,12 +235,12 @@ def write_weights(workdir: epath.PathLike, params: Params, *, config: Config, st
         UserError: if the step exists already or the directory cannot be written.
     """
     orbax_logging.quieten_orbax()
-    root = guard.absolute(workdir) / directories.ROOT
-    guard.require_writable(root)
+    root = storage.absolute(workdir) / directories.ROOT
+    storage.require_writable(root)
     path = root / str(step)
     if path.exists():
         raise UserError(f"{path} exists already: choose another output directory")
-    with _async_writer(lambda: directories.write_manifest(path)) as writer:
+    with _async_writer(lambda: manifest.write_manifest(path)) as writer:
         items = {"ema": _arrays_item(params), "config": _config_item(Record(config, {}))}
         writer.save(path, args=ocp.args.Composite(**items))
     return path

@@ -1,177 +1,29 @@
-"""From a dataset directory to batches on the devices.
-
-Order is a function of (seed, salt, step), not of iterator state:
-
-    stream    epoch 0, epoch 1, ... one after the other; each a permutation of all records, seeded by (seed, salt, epoch)
-    batch k   stream[k * batch_size : (k + 1) * batch_size], whatever the number of hosts, workers or threads
+"""From a prepared dataset to batches on the devices, in the order of `data/order.py`.
 
 A process reads only the rows of a batch that its own devices hold. Grain reads: chunks of rows in parallel, by threads or by
 worker processes, delivered in order; one more thread places finished batches on the devices ahead of the step.
 """
 
-import functools
-import os
-import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import grain
 import jax
 import numpy as np
 from absl import flags
-from grain.experimental import index_shuffle
 from jax.sharding import NamedSharding
 
 from dip_jax import config
-from dip_jax.data import images, placement, shards, workers
+from dip_jax.data import placement, workers
+from dip_jax.data.order import record_at
+from dip_jax.data.prepared import Dataset
 from dip_jax.errors import UserError
 from dip_jax.runtime import sharding
 
 _CHUNK = 16  # most rows per unit of reading: enough to make Grain's cost per unit vanish, few enough to balance threads
 _ENDLESS = 1 << 60  # units in the stream; the iterator has no end
 _SHARED_BYTES = 1 << 16  # smaller arrays go from process to process through a pipe, which costs less than shared memory
-_NEIGHBOURS = 100  # tried in place of a bad record before giving up
 _FLIP = 1  # stream number beside the order's, under the same seed
-
-
-class BadRecordError(UserError):
-    """A record that is no usable image or has no valid label; the message names shard and record."""
-
-
-class Dataset:
-    """A prepared dataset, random access: `dataset[i]` -> {"image": uint8 [H, W, 3], "label": int}.
-
-    Args:
-        folder: the directory that holds dataset.json.
-        image_size: crop size where the dataset stores originals; else None or the stored size.
-
-    Attributes:
-        classes: class names, by label.
-        fingerprint: SHA-256 that identifies records and order.
-        image_size: H = W of every image.
-    """
-
-    def __init__(self, folder: pathlib.Path, *, image_size: int | None = None):
-        info = shards.read_info(folder)
-        if info.image_size is None and image_size is None:
-            raise UserError(f"{folder} stores original images: say at which image_size to crop them")
-        if info.image_size is not None and image_size not in (None, info.image_size):
-            raise UserError(
-                f"{folder} holds {info.image_size}x{info.image_size} images where {image_size}x{image_size} are wanted: "
-                f"prepare another with --image_size={image_size}, or store originals with --encoding=original"
-            )
-        images.require_codec(info.encoding)
-        self.folder, self.info = folder, info
-        self.classes, self.fingerprint = list(info.classes), info.fingerprint
-        self.image_size = info.image_size or image_size
-        files = [shards.FileInstruction(os.fspath(folder / s.file), s.records, s.records) for s in info.shards]
-        self._records = grain.sources.ArrayRecordDataSource(files)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; labels lie in [0, num_classes)."""
-        return len(self.classes)
-
-    def __len__(self) -> int:
-        return self.info.num_records
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """Record i.
-
-        Raises:
-            IndexError: if i is not in [0, len).
-            BadRecordError: if the record is damaged.
-        """
-        if not 0 <= i < len(self):
-            raise IndexError(f"record {i} of a dataset of {len(self)}")
-        try:
-            label, data = shards.parse_record(self._records[i])
-            if not 0 <= label < self.num_classes:
-                raise images.BadImageError(f"label {label} is outside [0, {self.num_classes})")
-            image = images.pixels(data, self.info.encoding, image_size=self.image_size, stored_size=self.info.image_size)
-        except Exception as error:  # ArrayRecord reports a damaged file by several types
-            raise BadRecordError(
-                f"{self._place(i)}: {error}; restore that shard, or set data.on_bad_record=replace to go on without the record"
-            ) from None
-        return {"image": image, "label": label}
-
-    def label(self, i: int) -> int:
-        """The label of record i, without decoding its image."""
-        return shards.parse_record(self._records[i])[0]
-
-    def _place(self, i: int) -> str:
-        for shard in self.info.shards:
-            if i < shard.records:
-                return f"bad record: shard {self.folder / shard.file} record {i}"
-            i -= shard.records
-        raise AssertionError
-
-    def replaced(self, i: int) -> tuple[dict[str, Any], int]:
-        """Record i, or the first good one after it; and how many bad ones were passed over."""
-        for skipped in range(_NEIGHBOURS):
-            try:
-                return self[(i + skipped) % len(self)], skipped
-            except BadRecordError as error:
-                last = error
-        raise last
-
-
-def open_dataset(path: str | os.PathLike, *, image_size: int | None = None, source: str = "folder") -> Dataset:
-    """Opens a directory that `python -m dip_jax prepare` made; its train split where it has several.
-
-    Args:
-        path: the directory, or a split's directory inside it.
-        image_size: crop size, needed only where the dataset stores originals.
-        source: what the dataset would be prepared from, for the message if there is none.
-
-    Raises:
-        UserError: if there is no dataset, a shard is missing or of another length, or the image size is another.
-    """
-    return Dataset(shards.find_dataset(path, source=source), image_size=image_size)
-
-
-def identity(dataset: Dataset, *, seed: int, batch_size: int, salt: int = 0) -> dict[str, Any]:
-    """All that decides which images batch k holds, as JSON values: what a checkpoint stores beside the step."""
-    return {"fingerprint": dataset.fingerprint, "seed": seed, "salt": salt, "batch_size": batch_size}
-
-
-def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to go on with another data order than a checkpoint's.
-
-    Raises:
-        UserError: naming what differs, with both values.
-    """
-    for key in now:
-        if saved.get(key) != now[key]:
-            raise UserError(
-                f"the checkpoint was trained with data {key}={saved.get(key)} but this run has {key}={now[key]}: "
-                "use the same data, seed and batch size, or start in another workdir"
-            )
-
-
-@functools.lru_cache(maxsize=16)
-def _epoch_seed(seed: int, salt: int, epoch: int) -> int:
-    return int(np.random.SeedSequence((seed, salt, epoch)).generate_state(1)[0])
-
-
-def record_at(positions: Sequence[int], *, num_records: int, seed: int, salt: int = 0) -> list[int]:
-    """The records at these positions of the endless shuffled stream."""
-    return [
-        index_shuffle(
-            position % num_records,
-            max_index=num_records - 1,
-            seed=_epoch_seed(seed, salt, position // num_records),
-            rounds=4,
-        )
-        for position in positions
-    ]
-
-
-def batch_indices(num_records: int, *, batch_size: int, seed: int, salt: int = 0, step: int) -> np.ndarray:
-    """The record indices of global batch `step`, int64 [batch_size]."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return np.array(record_at(positions, num_records=num_records, seed=seed, salt=salt), np.int64)
 
 
 @dataclass(frozen=True)

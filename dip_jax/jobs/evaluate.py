@@ -26,14 +26,15 @@ from etils import epath
 
 from dip_jax import config
 from dip_jax.checkpoints import checkpoint, directories
-from dip_jax.data import pipeline
+from dip_jax.data import prepared
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.metrics import features as feature_networks
 from dip_jax.metrics import inputs
 from dip_jax.metrics.image_sets import ImageSet, ReferenceFile
-from dip_jax.metrics.judge import Judge
+from dip_jax.metrics.judge import Judge, default_cache, open_judge
 from dip_jax.reporting import report
-from dip_jax.runtime import command_line, distributed, guard, writers
+from dip_jax.runtime import command_line, distributed, storage, writers
+from dip_jax.runtime.signals import stopping_at_once
 from dip_jax.sampling import sample_files, sampler, trajectories
 
 GALLERY = 2000  # training images among which the nearest neighbour of a sample is looked up
@@ -106,26 +107,13 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     command_line.define_processes(flags)
 
 
-def open_judge(
-    wanted: config.Eval, *, image_size: int, gallery: ImageSet | None = None, cache: epath.PathLike | None = None
-) -> Judge:
-    """The judge that a config section asks for; opened before anything is compiled, so that a missing file is told at once.
-
-    Raises:
-        UserError: the reference or the weights are missing, or do not fit together.
-    """
-    network = feature_networks.open_network(wanted.features, wanted.weights)
-    against = inputs.reference_set(wanted.reference, image_size=image_size)
-    return Judge(network, against, gallery=gallery, batch_size=wanted.batch_size, cache=cache)
-
-
 def run(flags: absl_flags.FlagValues) -> None:
     """The command. Of several hosts all draw; the first alone judges and writes while the others wait."""
     if (flags.workdir is None) == (flags.samples is None):
         raise UserError("name one of --samples=FILE.npz and --workdir=DIR")
     distributed.start()
     precision = "highest" if flags.precision == "highest" else None
-    with guard.stopping_at_once(), jax.default_matmul_precision(precision):
+    with stopping_at_once(), jax.default_matmul_precision(precision):
         try:
             _judge_workdir(flags) if flags.workdir else distributed.on_main(lambda: _judge_file(flags))
         except KeyboardInterrupt:
@@ -168,7 +156,7 @@ def _open_bench(flags: absl_flags.FlagValues, run: config.Config) -> _Bench:
     size, notes, train = run.model.image_size[0], [], None
     if run.data.path:
         try:
-            train = pipeline.open_dataset(run.data.path, image_size=size, source=run.data.source)
+            train = prepared.open_dataset(run.data.path, image_size=size, source=run.data.source)
         except UserError as error:
             notes.append(f"No row of real images and no nearest neighbour: {error}.")
     gallery = inputs.dataset_images(train, count=GALLERY) if train and train.num_classes <= _MOST_CLASSES else None
@@ -218,7 +206,7 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
 
 def _write_workdir(flags, run, bench, rows, *, step, shown, samples, model, params) -> None:
     """The table and the report; `shown` holds pictures by row, `samples` is the last row's set, drawn from `params`."""
-    workdir = guard.absolute(flags.workdir)
+    workdir = storage.absolute(flags.workdir)
     sampling = _sampling(run, seed=flags.seed, step=step)
     notes = [*bench.judge.notes(samples.count), *bench.notes]
     _tell(rows, bench.judge.protocol(), notes, sampling, out=flags.out or workdir / "evaluation.json")
@@ -261,7 +249,7 @@ def _tell(rows: Sequence[Mapping], protocol: Mapping, notes: Sequence[str], samp
         print(line)
     if out is not None:
         values = {"rows": list(rows), "protocol": protocol, "sampling": sampling, "notes": list(notes)}
-        guard.write_text(guard.absolute(out), json.dumps(values, indent=1) + "\n")
+        storage.write_text(storage.absolute(out), json.dumps(values, indent=1) + "\n")
         print(f"wrote {out}")
 
 
@@ -272,8 +260,3 @@ def _notes(protocol: Mapping[str, Any], sampling: Mapping[str, Any]) -> list[str
 
 def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str("" if value is None else value)
-
-
-def default_cache() -> str:
-    """The folder in which statistics of references are kept."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dip_jax")

@@ -26,7 +26,7 @@ from dip_jax.config import Config, Mesh
 from dip_jax.errors import UserError
 from dip_jax.models import cost, dip
 from dip_jax.planning import plan, prediction
-from dip_jax.runtime import command_line, sharding
+from dip_jax.runtime import accelerators, command_line, sharding
 from dip_jax.training import optim, state
 
 
@@ -108,7 +108,7 @@ def describe_compiled(config: Config, *, mesh: Mesh, memory: Mapping[str, int]) 
     total = compiled.state_bytes + compiled.temporary_bytes
     moved = sum(memory[part] for part in ("params", "optimizer", "ema", "gradients"))
     predictions = {}
-    for name, device in prediction.ACCELERATORS.items():
+    for name, device in accelerators.ACCELERATORS.items():
         guess = prediction.predict(
             device, flops=compiled.flops, collectives=compiled.collectives, state_bytes=moved, total_bytes=total
         )

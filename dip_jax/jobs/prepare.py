@@ -28,7 +28,8 @@ from absl import flags as absl_flags
 
 from dip_jax.data import images, shards, sources, writing
 from dip_jax.errors import Exit, Interrupted, UserError
-from dip_jax.runtime import command_line, distributed, guard
+from dip_jax.runtime import command_line, distributed
+from dip_jax.runtime.signals import stopping_at_once
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 def run(flags: absl_flags.FlagValues) -> None:
     """The command."""
     distributed.start(computes=False)
-    with guard.stopping_at_once():
+    with stopping_at_once():
         summary = prepare(
             flags.source,
             root=flags["from"].value,

@@ -25,12 +25,14 @@ from tqdm import tqdm
 from dip_jax import config
 from dip_jax.checkpoints import checkpoint
 from dip_jax.checkpoints import directories as step_files
-from dip_jax.data import pipeline
+from dip_jax.data import prepared
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
 from dip_jax.reporting import figures
-from dip_jax.runtime import command_line, distributed, guard
+from dip_jax.runtime import command_line, distributed, storage
+from dip_jax.runtime.signals import stopping_at_once
 from dip_jax.sampling import sample_files, sampler, trajectories
+from dip_jax.sampling.labels import check_labels, interleave
 from dip_jax.typing import Params
 
 _SHOWN = 4  # samples in the trajectory picture
@@ -101,14 +103,14 @@ def run(flags: absl_flags.FlagValues) -> None:
     if flags.out is None:
         raise UserError("--out is missing: FILE.png, FILE.npz or a directory")
     distributed.start()
-    with guard.stopping_at_once():
+    with stopping_at_once():
         _sample(flags)
 
 
 def _sample(flags: absl_flags.FlagValues) -> None:
     for picture in (flags.out, flags.trajectory):
         if picture and picture.endswith(".png"):
-            sample_files.require_folder(guard.absolute(picture).parent)
+            sample_files.require_folder(storage.absolute(picture).parent)
     weights = "ema" if flags.ema else "raw"
     unread = checkpoint.ITEMS_UNREAD[weights]
     path = step_files.find(flags.workdir or flags.checkpoint, verify=True, report=distributed.say, unread=unread)
@@ -117,7 +119,7 @@ def _sample(flags: absl_flags.FlagValues) -> None:
     model, params = checkpoint.load(path, weights=weights, verify=False)
     if flags.precision == "highest":
         model = dip.from_config(dataclasses.replace(model.config, dtype="float32"))
-    labels = trajectories.check_labels(interleave(_classes(flags, model.config.num_classes), flags.num_samples), model)
+    labels = check_labels(interleave(_classes(flags, model.config.num_classes), flags.num_samples), model)
     arguments = {"labels": labels, "seed": flags.seed, "options": options}
     settings = _settings(flags, step=path.name, params=params, model=model, **arguments)
     distributed.say(_describe(settings))
@@ -131,11 +133,6 @@ def _sample(flags: absl_flags.FlagValues) -> None:
         if flags.trajectory is not None:
             arguments["labels"] = labels[:_SHOWN]
             distributed.on_main(lambda: _save_picture(flags.trajectory, _strip(model, params, names, **arguments)))
-
-
-def interleave(classes: Sequence[int], count: int) -> np.ndarray:
-    """`count` labels, label i being class i mod K: a class-sorted file would spoil the Inception Score."""
-    return np.resize(np.asarray(classes, np.int32), count)
 
 
 def _options(flags: absl_flags.FlagValues, base: config.Sample) -> config.Sample:
@@ -242,7 +239,7 @@ def _strip(model: dip.DiP, params: Params, names: Sequence[str], **arguments) ->
 
 
 def _save_picture(out: str, picture: Image.Image) -> None:
-    with guard.absolute(out).open("wb") as file:
+    with storage.absolute(out).open("wb") as file:
         picture.save(file, format="png")
     distributed.say(f"wrote {out}")
 
@@ -250,7 +247,7 @@ def _save_picture(out: str, picture: Image.Image) -> None:
 def class_names(run: config.Config, model: dip.DiP) -> list[str]:
     """The dataset's names where it is at hand, else numbers."""
     try:
-        names = pipeline.open_dataset(run.data.path, image_size=run.model.image_size[0]).classes if run.data.path else []
+        names = prepared.open_dataset(run.data.path, image_size=run.model.image_size[0]).classes if run.data.path else []
     except UserError:
         names = []
     return names if len(names) == model.config.num_classes else [f"class {i}" for i in range(model.config.num_classes)]

@@ -18,9 +18,11 @@ from etils import epath
 
 from dip_jax.checkpoints import checkpoint
 from dip_jax.config import Config, to_dict
-from dip_jax.data import pipeline
+from dip_jax.data import prepared
 from dip_jax.errors import UserError
-from dip_jax.runtime import command_line, distributed, guard, sharding
+from dip_jax.runtime import command_line, distributed, sharding, storage
+from dip_jax.runtime.lock import Lock
+from dip_jax.runtime.signals import Signals
 from dip_jax.training import config_change, loop
 
 
@@ -44,7 +46,7 @@ def run(flags: absl_flags.FlagValues) -> None:
     config = command_line.read_config(flags)
     if flags.init_from:
         config = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, init_from=str(guard.absolute(flags.init_from)))
+            config, train=dataclasses.replace(config.train, init_from=str(storage.absolute(flags.init_from)))
         )
     train(config, workdir=flags.workdir, allow_change=flags.allow_change)
 
@@ -63,11 +65,11 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         UserError: if config, data, devices, workdir and checkpoint do not fit together, or a save fails.
         Interrupted: after saving, by a signal (85, 130); because the numbers are bad for good (86) or another process died (1).
     """
-    workdir = guard.absolute(workdir)
+    workdir = storage.absolute(workdir)
     distributed.start()
     devices = jax.devices()
     with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(guard.Signals(shared=jax.process_count() > 1))
+        signals = stack.enter_context(Signals(shared=jax.process_count() > 1))
         distributed.require_same(
             {"config": to_dict(config), "code": distributed.code_version(), "jax": jax.__version__, "devices": len(devices)}
         )
@@ -88,11 +90,11 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
                 "a dataset directory or an .npz"
             )
         dataset = distributed.on_all(
-            lambda: pipeline.open_dataset(config.data.path, image_size=size, source=config.data.source)
+            lambda: prepared.open_dataset(config.data.path, image_size=size, source=config.data.source)
         )
         distributed.require_same({"data.fingerprint": dataset.fingerprint})
-        lock = guard.Lock(workdir)
-        distributed.on_main(lambda: (guard.require_writable(workdir), lock.acquire()))
+        lock = Lock(workdir)
+        distributed.on_main(lambda: (storage.require_writable(workdir), lock.acquire()))
         stack.callback(lock.release)
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
         stack.callback(checkpoints.close)

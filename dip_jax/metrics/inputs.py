@@ -11,14 +11,14 @@ import numpy as np
 from tqdm import tqdm
 
 from dip_jax import config
-from dip_jax.data import pipeline
-from dip_jax.jobs.sample import interleave
+from dip_jax.data import prepared
 from dip_jax.metrics import image_sets
 from dip_jax.metrics.image_sets import ImageSet, ReferenceFile
 from dip_jax.models import dip
 from dip_jax.reporting import figures
 from dip_jax.runtime import sharding
 from dip_jax.sampling import trajectories
+from dip_jax.sampling.labels import interleave
 from dip_jax.typing import Params
 
 _READERS = 16  # threads that decode a dataset's images
@@ -51,7 +51,7 @@ def drawn_samples(
     return ImageSet(name, count, (*model.config.image_size, 3), batches, labels)
 
 
-def dataset_images(dataset: pipeline.Dataset, *, count: int | None = None, phase: float = 0.0) -> ImageSet:
+def dataset_images(dataset: prepared.Dataset, *, count: int | None = None, phase: float = 0.0) -> ImageSet:
     """The images of a prepared dataset, read when they are needed: all of them, or `count` with labels, spread evenly over it.
 
     `phase` in [0, 1) shifts the chosen records by that part of their distance: other phases give other images.
@@ -130,4 +130,4 @@ def reference_set(reference: Any, *, image_size: int) -> ImageSet | ReferenceFil
         return image_sets.from_array(reference)
     if os.fspath(reference).endswith(".npz"):
         return image_sets.read_reference(reference)
-    return dataset_images(pipeline.open_dataset(reference, image_size=image_size))
+    return dataset_images(prepared.open_dataset(reference, image_size=image_size))

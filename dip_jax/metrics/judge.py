@@ -4,6 +4,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import zipfile
 from typing import Any
 
@@ -13,7 +14,8 @@ from etils import epath
 
 from dip_jax import config
 from dip_jax.errors import UserError
-from dip_jax.metrics import statistics
+from dip_jax.metrics import features as feature_networks
+from dip_jax.metrics import inputs, statistics
 from dip_jax.metrics.features import KEPT, Network, Summary, summarise
 from dip_jax.metrics.image_sets import ImageSet, ReferenceFile
 from dip_jax.metrics.statistics import Gaussian
@@ -214,3 +216,21 @@ def _read(file: epath.Path, network: Network) -> Summary | None:
             return Summary(count, gaussians, f["vectors"], f["kept"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
+
+
+def open_judge(
+    wanted: config.Eval, *, image_size: int, gallery: ImageSet | None = None, cache: epath.PathLike | None = None
+) -> Judge:
+    """The judge that a config section asks for; opened before anything is compiled, so that a missing file is told at once.
+
+    Raises:
+        UserError: the reference or the weights are missing, or do not fit together.
+    """
+    network = feature_networks.open_network(wanted.features, wanted.weights)
+    against = inputs.reference_set(wanted.reference, image_size=image_size)
+    return Judge(network, against, gallery=gallery, batch_size=wanted.batch_size, cache=cache)
+
+
+def default_cache() -> str:
+    """The folder in which statistics of references are kept."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dip_jax")

@@ -12,7 +12,7 @@ from etils import epath
 
 from dip_jax.config import Config, to_dict
 from dip_jax.reporting import figures
-from dip_jax.runtime import guard
+from dip_jax.runtime import storage
 from dip_jax.sampling.trajectories import Frames
 
 _CLASSES, _EACH, _WAYS = 12, 8, 4  # classes shown, images of each, trajectories
@@ -98,8 +98,8 @@ def write_report(
         _config(config),
         _versions(),
     ]
-    path = guard.absolute(path)
-    guard.write_text(path, _page(title, _subtitle(config, history), "\n".join(sections)))
+    path = storage.absolute(path)
+    storage.write_text(path, _page(title, _subtitle(config, history), "\n".join(sections)))
     return path
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from dip_jax.runtime import guard
+from dip_jax.runtime import storage
 
 Row = dict[str, Any]
 
@@ -35,10 +35,10 @@ class Table:
         self._jsonl = path.parent / f"{path.name}.jsonl"
         self._csv = path.parent / f"{path.name}.csv"
         rows = [row for row in read_rows(self._jsonl) if row["step"] <= resume_step]
-        guard.write_text(self._jsonl, "".join(_line(row) for row in rows))
+        storage.write_text(self._jsonl, "".join(_line(row) for row in rows))
         self._columns = list(dict.fromkeys(key for row in rows for key in row))
-        guard.write_text(self._csv, _csv_text(rows, self._columns))
-        self._local = guard.is_local(self._jsonl)
+        storage.write_text(self._csv, _csv_text(rows, self._columns))
+        self._local = storage.is_local(self._jsonl)
         self._rows = [] if self._local else rows
 
     def add(self, row: Row) -> None:
@@ -47,14 +47,14 @@ class Table:
         if not self._local:  # a bucket has no append: the whole table goes up again
             self._rows.append(row)
             self._columns += new
-            guard.write_text(self._jsonl, "".join(_line(each) for each in self._rows))
-            guard.write_text(self._csv, _csv_text(self._rows, self._columns))
+            storage.write_text(self._jsonl, "".join(_line(each) for each in self._rows))
+            storage.write_text(self._csv, _csv_text(self._rows, self._columns))
             return
         with open(self._jsonl, "a", encoding="utf-8") as file:
             file.write(_line(row))
         if new:
             self._columns += new
-            guard.write_text(self._csv, _csv_text(read_rows(self._jsonl), self._columns))
+            storage.write_text(self._csv, _csv_text(read_rows(self._jsonl), self._columns))
             return
         with open(self._csv, "a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(row)
@@ -106,7 +106,7 @@ class Writer:
         self._workdir = workdir
         self._tables = {name: Table(workdir / name, resume_step=resume_step) for name in ("metrics", "eval")}
         self._events = None
-        if guard.is_local(workdir):  # tensorboardX appends, which a bucket cannot
+        if storage.is_local(workdir):  # tensorboardX appends, which a bucket cannot
             self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
 
     def scalars(self, step: int, values: Mapping[str, float | int | np.number], *, table: str = "metrics") -> None:
@@ -126,7 +126,7 @@ class Writer:
         path.parent.mkdir(exist_ok=True)
         data = io.BytesIO()
         Image.fromarray(np.asarray(pixels)).save(data, "PNG")
-        guard.write_bytes(path, data.getvalue())
+        storage.write_bytes(path, data.getvalue())
         if self._events is not None:
             self._events.add_image(name, np.asarray(pixels), step, dataformats="HWC")
         return path

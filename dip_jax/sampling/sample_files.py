@@ -23,7 +23,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from dip_jax.errors import UserError
-from dip_jax.runtime import guard
+from dip_jax.runtime import storage
 
 _CHUNK = 1 << 20  # bytes copied at once when the parts are joined
 
@@ -59,7 +59,7 @@ class NpzFile:
     """
 
     def __init__(self, path: epath.PathLike, *, labels: Int[np.ndarray, "N"], image_shape: tuple[int, ...], batch_size: int):
-        self.path = guard.absolute(path)
+        self.path = storage.absolute(path)
         self._parts = self.path.parent / f"{self.path.name}.parts"
         self._settings = self.path.parent / f"{self.path.name}.json"
         self._labels = labels
@@ -74,7 +74,7 @@ class NpzFile:
             require_folder(self._parts)
             done = sum(self._size(batch) for batch in range(self._batches) if self.finished(batch))
             total = len(self._labels) * int(np.prod(self._image_shape))
-            guard.require_space(self._parts, 2 * total - done)
+            storage.require_space(self._parts, 2 * total - done)
 
     @property
     def _batches(self) -> int:
@@ -99,7 +99,7 @@ class NpzFile:
     def close(self) -> None:
         """See `Output`."""
         if not self.path.exists():
-            partial = self.path.parent / f"{self.path.name}.partial" if guard.is_local(self.path) else self.path
+            partial = self.path.parent / f"{self.path.name}.partial" if storage.is_local(self.path) else self.path
             with partial.open("wb") as file:
                 self._join(file)
                 _sync(file, partial)
@@ -126,7 +126,7 @@ class PictureFolder:
     """An `Output` of one PNG per sample; arguments as `NpzFile`."""
 
     def __init__(self, path: epath.PathLike, *, labels: Int[np.ndarray, "N"], batch_size: int):
-        self.path = guard.absolute(path)
+        self.path = storage.absolute(path)
         self._settings = self.path / "settings.json"
         self._names = [f"{i:06d}_{label:04d}.png" for i, label in enumerate(labels)]
         self._batch_size = batch_size
@@ -157,7 +157,7 @@ class PictureFolder:
 
 def read_settings(path: epath.PathLike) -> dict[str, Any]:
     """What the samples at FILE.npz or DIR were made with; empty where nothing says so (a file from elsewhere)."""
-    path = guard.absolute(path)
+    path = storage.absolute(path)
     settings = path / "settings.json" if path.is_dir() else path.parent / f"{path.name}.json"
     return json.loads(settings.read_text()) if settings.exists() else {}
 
@@ -169,7 +169,7 @@ def _claim(file: epath.Path, settings: Mapping[str, Any], *, begun: bool, out: e
         if begun:
             raise UserError(f"--out={out} exists but was not made by this command: choose another name or move it away")
         require_folder(file.parent)
-        guard.write_text(file, json.dumps(settings, indent=2) + "\n")
+        storage.write_text(file, json.dumps(settings, indent=2) + "\n")
         return
     try:
         old = json.loads(file.read_text())
@@ -194,7 +194,7 @@ def require_folder(folder: epath.Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        guard.write_text(folder / ".writable", "")
+        storage.write_text(folder / ".writable", "")
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another --out") from error
@@ -202,7 +202,7 @@ def require_folder(folder: epath.Path) -> None:
 
 def _write_whole(path: epath.Path, data: bytes) -> None:
     """Writes all of it under `path`, or nothing."""
-    if not guard.is_local(path):  # an upload to a bucket is all or nothing
+    if not storage.is_local(path):  # an upload to a bucket is all or nothing
         path.write_bytes(data)
         return
     partial = path.parent / f".{path.name}.partial"
@@ -214,7 +214,7 @@ def _write_whole(path: epath.Path, data: bytes) -> None:
 
 def _sync(file: Any, path: epath.Path) -> None:
     file.flush()
-    if guard.is_local(path):
+    if storage.is_local(path):
         os.fsync(file.fileno())
 
 

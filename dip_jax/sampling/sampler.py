@@ -1,10 +1,9 @@
-"""From noise to images: solvers of the probability-flow ODE and of its SDE, and classifier-free guidance on an interval.
+"""From noise to images: solvers of the probability-flow ODE and of its SDE; guidance is in `sampling/guidance.py`.
 
 With x_t = t x + (1 - t) eps, so that t = 0 is noise and t = 1 is data, and v the velocity that the network gives:
 
     (1)  dx/dt = v(x, t)                                                    probability-flow ODE
-    (2)  v = v_u + w (v_c - v_u) where low < t < high, else v_c             guidance (Ho & Salimans 2022) on an interval
-                                                                            (Kynkaanniemi et al. 2024), strict ends
+    (2)  v = v_u + w (v_c - v_u) where low < t < high, else v_c             guidance on an interval
     (3)  s_k = k / n, t_k = s_k / (s_k + (1 - s_k) shift), t_n = 1          time grid of n steps, h_k = t_{k+1} - t_k
     (4)  x_{k+1} = x_k + h_k v_k                                            Euler
     (5)  x' = x_k + h_k v_k,  x_{k+1} = x_k + h_k/2 (v_k + v(x', t_{k+1}))  Heun
@@ -22,7 +21,6 @@ and where it ends, and outside it the unconditional half of the network does not
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +28,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from dip_jax import config, flow
+from dip_jax.sampling.guidance import Guide, is_guided
 from dip_jax.typing import Ahead, Images, Labels, Predict, PRNGKey
 
 _NOISE, _PATH = 0, 1  # streams of one sample's key: the start, and the SDE's path
@@ -94,9 +93,7 @@ def plan(sample: config.Sample) -> Evaluations:
         pairs = np.stack([table[:count], correctors[:count]], axis=1).reshape(-1, table.shape[1])
         table = np.concatenate([pairs, table[count:]])
     time, starts, new, old, pull, noise = table.astype(np.float32).T
-    low, high = np.float32(sample.interval)
-    guided = (low < time) & (time < high) & (sample.guidance != 1.0)
-    return Evaluations(time=time, guided=guided, starts=starts > 0, new=new, old=old, pull=pull, noise=noise)
+    return Evaluations(time=time, guided=is_guided(time, sample), starts=starts > 0, new=new, old=old, pull=pull, noise=noise)
 
 
 def nfe(sample: config.Sample) -> tuple[int, int]:
@@ -134,7 +131,7 @@ def draw(
     """
     table = plan(sample)
     keys, x = _start(key, indices, image_shape)
-    guide = _Guide(predict, labels, sample.guidance, null_label, ahead)
+    guide = Guide(predict, labels, sample.guidance, null_label, ahead)
     x, _ = _integrate(guide, x, keys, table, noisy=sample.solver == "sde", frames=np.array([], np.int32))
     return x
 
@@ -156,7 +153,7 @@ def draw_trajectory(
     kept = np.flatnonzero(table.starts)
     kept = kept[np.linspace(0, len(kept) - 1, min(frames, len(kept))).round().astype(int)]
     keys, x = _start(key, indices, image_shape)
-    guide = _Guide(predict, labels, sample.guidance, null_label, ahead)
+    guide = Guide(predict, labels, sample.guidance, null_label, ahead)
     x, (noisy, expected) = _integrate(guide, x, keys, table, noisy=sample.solver == "sde", frames=kept)
     return Trajectory(images=x, times=jnp.asarray(table.time[kept]), noisy=noisy, expected=expected)
 
@@ -174,49 +171,6 @@ def _start(key, indices, image_shape):
 
 def _normal(keys, stream, shape):
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), shape, jnp.float32))(keys)
-
-
-@dataclass(frozen=True)
-class _Guide:
-    """Equation (2): the network and what it is told."""
-
-    predict: Predict
-    labels: Labels
-    scale: float
-    null_label: int
-    ahead: Ahead | None
-
-    def prepare(self, times: np.ndarray, guided: bool) -> tuple[Any, Any]:
-        """What `ahead` makes of S times, for the labels [S, B, ...] and, where guided, for no class [S, 1, ...]; None, None."""
-        if self.ahead is None:
-            return None, None
-        times = jnp.asarray(times)
-        return self.ahead(times, self.labels), self.ahead(times, self._nothing[:1]) if guided else None
-
-    @property
-    def _nothing(self) -> Labels:
-        return jnp.full_like(self.labels, self.null_label)
-
-    def velocity(self, x: jax.Array, t: jax.Array, prepared: tuple[Any, Any], *, guided: bool) -> jax.Array:
-        """v at x [B, ...] and t [B].
-
-        The two halves are one batch, each sample's pair side by side, so that a sharded batch stays where it is.
-        """
-        own, none = prepared
-        if not guided:
-            return self.predict(x, t, self.labels, *self._given(own))
-
-        def pair(unconditional, conditional):
-            unconditional = jnp.broadcast_to(unconditional, conditional.shape)
-            return jnp.stack([unconditional, conditional], axis=1).reshape(-1, *conditional.shape[1:])
-
-        both = jax.tree.map(pair, none, own)
-        v = self.predict(pair(x, x), pair(t, t), pair(self._nothing, self.labels), *self._given(both))
-        unconditional, conditional = jnp.moveaxis(v.reshape(-1, 2, *x.shape[1:]), 1, 0)
-        return unconditional + self.scale * (conditional - unconditional)
-
-    def _given(self, prepared: Any) -> tuple[Any, ...]:
-        return () if self.ahead is None else (prepared,)
 
 
 def _integrate(guide, x, keys, table, *, noisy, frames):

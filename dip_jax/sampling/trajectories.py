@@ -22,6 +22,7 @@ from dip_jax.errors import UserError
 from dip_jax.models import dip
 from dip_jax.runtime import sharding
 from dip_jax.sampling import sampler
+from dip_jax.sampling.labels import check_labels
 from dip_jax.typing import Params
 
 # Per device, for the modulations of all steps; more would crowd out images, which gain more by a large batch.
@@ -111,22 +112,6 @@ def draw_frames(
         place = _place(seed, np.arange(count), labels, rows=_rows(count, mesh), mesh=mesh)
         times, noisy, expected, images = jax.tree.map(np.asarray, _draw_frames(params, *place, **static))
     return Frames(labels=labels, times=times, noisy=noisy[:, :count], expected=expected[:, :count], images=images[:count])
-
-
-def check_labels(labels: Sequence[int] | np.ndarray, model: dip.DiP) -> np.ndarray:
-    """The labels as int32 [N].
-
-    Raises:
-        UserError: if there are none or one lies outside [0, num_classes].
-    """
-    array = np.asarray(labels)
-    classes = model.config.num_classes
-    if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
-        raise UserError(f"labels must be a list of at least one class number, such as [0, 1]; got {labels!r:.80}")
-    wrong = array[(array < 0) | (array > classes)]
-    if wrong.size:
-        raise UserError(f"label {wrong[0]} is not a class: this model has 0..{classes - 1} (and {classes}, no class)")
-    return array.astype(np.int32)
 
 
 def _ready(model: dip.DiP, params: Params, mesh: jax.sharding.Mesh) -> Params:

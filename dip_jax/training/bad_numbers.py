@@ -16,7 +16,7 @@ from etils import epath
 from jaxtyping import Array, Bool
 
 from dip_jax.config import Train
-from dip_jax.runtime import guard
+from dip_jax.runtime import storage
 
 _SPIKE = 10.0  # a gradient norm this many times the median of the last _WINDOW is reported
 _WINDOW = 100
@@ -72,7 +72,7 @@ def keep_for_inspection(
     numbers = {key: value if math.isfinite(value) else str(value) for key, value in metrics.items()}
     path = folder / f"step_{step:08d}.json"
     content = {"step": step, "reason": reason, "metrics": numbers, "order": dict(order), "records": records}
-    guard.write_text(path, json.dumps(content))
+    storage.write_text(path, json.dumps(content))
     return path
 
 

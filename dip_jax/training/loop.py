@@ -13,13 +13,13 @@ from etils import epath
 
 from dip_jax.checkpoints import checkpoint
 from dip_jax.config import Config, Train, to_dict
-from dip_jax.data import pipeline
+from dip_jax.data import order, pipeline
 from dip_jax.errors import Exit, Interrupted
-from dip_jax.jobs import evaluate
-from dip_jax.metrics import image_sets
+from dip_jax.metrics import image_sets, judge
 from dip_jax.models import dip
 from dip_jax.reporting import figures
-from dip_jax.runtime import distributed, guard, writers
+from dip_jax.runtime import distributed, storage, writers
+from dip_jax.runtime.watchdog import Watchdog
 from dip_jax.sampling import trajectories
 from dip_jax.training import bad_numbers, optim, state, step
 from dip_jax.typing import Params
@@ -52,7 +52,7 @@ class Run:
     def __init__(self, config: Config, workdir, mesh, dataset, signals, checkpoints):
         self._config, self._workdir, self._mesh, self._dataset = config, workdir, mesh, dataset
         self._signals, self._checkpoints = signals, checkpoints
-        self._watchdog = guard.Watchdog(config.train.watchdog_seconds)
+        self._watchdog = Watchdog(config.train.watchdog_seconds)
         self._watch = bad_numbers.Watch(config.train)
         self._batches = self._writer = self._progress = self._judge = None
         self._pending: tuple[int, dict[str, jax.Array], int] | None = None  # step, its metrics, bad records replaced by then
@@ -64,8 +64,8 @@ class Run:
         self._open_data(found, salt=found.record.data["salt"] if found else 0)
         self._model = dip.from_config(config.model)
         if config.train.eval_every:  # on the host that judges; a missing reference or weights file ends all of them here
-            size, cache = config.model.image_size[0], evaluate.default_cache()
-            self._judge = distributed.on_main(lambda: evaluate.open_judge(config.eval, image_size=size, cache=cache))
+            size, cache = config.model.image_size[0], judge.default_cache()
+            self._judge = distributed.on_main(lambda: judge.open_judge(config.eval, image_size=size, cache=cache))
         self._optimizer = optim.make_optimizer(config.optim, total_steps=config.train.steps)
         self._backbone = None if found else self._read_backbone()
         self._watchdog.beat(patience=_PATIENCE)
@@ -77,14 +77,14 @@ class Run:
         root = jax.jit(lambda: jax.random.fold_in(jax.random.key(config.train.seed), _NOISE), out_shardings=replicated)
         self._key = root()
         if distributed.is_main():
-            guard.write_text(self._workdir / "config.json", json.dumps(to_dict(config), indent=1))
+            storage.write_text(self._workdir / "config.json", json.dumps(to_dict(config), indent=1))
         self._start_from(found)
 
     def _open_data(self, found: checkpoint.Found | None, *, salt: int) -> None:
         config = self._config
-        self._identity = pipeline.identity(self._dataset, seed=config.train.seed, batch_size=config.data.batch_size, salt=salt)
+        self._identity = order.identity(self._dataset, seed=config.train.seed, batch_size=config.data.batch_size, salt=salt)
         if found:
-            pipeline.check_identity({**found.record.data, "salt": salt}, self._identity)
+            order.check_identity({**found.record.data, "salt": salt}, self._identity)
         if self._batches is not None:
             self._batches.close()
         self._batches = pipeline.batches(
@@ -199,10 +199,10 @@ class Run:
         return self._replaced + (distributed.total(here) if self._config.data.on_bad_record == "replace" else 0)
 
     def _keep_for_inspection(self, number: int, values: dict[str, float], reason: str) -> None:
-        order = {key: self._identity[key] for key in ("batch_size", "seed", "salt")}
-        records = pipeline.batch_indices(len(self._dataset), **order, step=number - 1).tolist()
+        drawn_by = {key: self._identity[key] for key in ("batch_size", "seed", "salt")}
+        records = order.batch_indices(len(self._dataset), **drawn_by, step=number - 1).tolist()
         path = bad_numbers.keep_for_inspection(
-            self._workdir, number, reason=reason, metrics=values, order=order, records=records
+            self._workdir, number, reason=reason, metrics=values, order=drawn_by, records=records
         )
         self._progress.say(f"step {number}: {reason}; its records are in {path}")
 

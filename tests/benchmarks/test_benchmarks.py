@@ -10,6 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from places import ROOT
 
 from dip_jax import config
 from dip_jax.errors import UserError

@@ -7,9 +7,10 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dip_jax.checkpoints import directories
+from dip_jax.checkpoints import directories, manifest
 from dip_jax.errors import UserError
-from dip_jax.runtime import guard, writers
+from dip_jax.runtime import writers
+from dip_jax.runtime.lock import Lock, _Lease
 
 
 class Store(MemoryFileSystem):
@@ -45,16 +46,16 @@ def root(monkeypatch):
 def write_step(root, number, *, committed=True):
     for name in ("state/data", "ema/data", "config/metadata"):
         (root / str(number) / name).write_text(f"{number} {name}")
-    directories.write_manifest(root / str(number))
+    manifest.write_manifest(root / str(number))
     if committed:
-        (root / str(number) / directories.COMMIT).write_text("")
+        (root / str(number) / manifest.COMMIT).write_text("")
 
 
 def test_a_step_counts_once_it_is_committed(root):
     write_step(root, 2)
     write_step(root, 4, committed=False)
     assert directories.complete(root) == [2]
-    assert directories.damage(root / "2") is None
+    assert manifest.damage(root / "2") is None
     directories.clean(root)
     assert not (root / "4").exists()
     assert directories.complete(root) == [2]
@@ -64,7 +65,7 @@ def test_damage_is_copied_aside(root):
     write_step(root, 2)
     write_step(root, 4)
     (root / "4" / "ema" / "data").write_text("flipped")
-    assert "ema/data is not what was written" in directories.damage(root / "4")
+    assert "ema/data is not what was written" in manifest.damage(root / "4")
     found = []
     assert (
         directories.newest(root, verify=True, on_damage=lambda step, fault: found.append(directories.set_aside(root, step)))
@@ -102,16 +103,16 @@ def test_tables_grow_without_append(root):
 
 
 def test_a_renewed_lock_is_refused_and_a_dead_one_taken_over(root, monkeypatch):
-    monkeypatch.setattr(guard._Lease, "RENEW", 0.05)
-    monkeypatch.setattr(guard._Lease, "FREE", 0.5)
-    holder = guard.Lock(root)
+    monkeypatch.setattr(_Lease, "RENEW", 0.05)
+    monkeypatch.setattr(_Lease, "FREE", 0.5)
+    holder = Lock(root)
     holder.acquire()
     with pytest.raises(UserError, match="in use by process"):
-        guard.Lock(root).acquire()
+        Lock(root).acquire()
     holder._lease._ended.set()  # the holder dies without a word
-    heir = guard.Lock(root)
+    heir = Lock(root)
     heir.acquire()
     heir.release()
-    again = guard.Lock(root)
+    again = Lock(root)
     again.acquire()
     again.release()

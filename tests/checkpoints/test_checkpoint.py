@@ -17,7 +17,7 @@ from faults import harness
 from hypothesis import strategies as st
 
 from dip_jax import config
-from dip_jax.checkpoints import checkpoint, directories
+from dip_jax.checkpoints import checkpoint, directories, manifest
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
 from dip_jax.runtime import guard, sharding
@@ -109,9 +109,9 @@ def test_save_keeps_what_it_was_given_while_training_goes_on(tmp_path):
 
 def test_manifest_is_what_sha256sum_checks(pristine):
     step = pristine / "checkpoints" / "4"
-    subprocess.run(["sha256sum", "--check", "--quiet", "--strict", directories.MANIFEST], cwd=step, check=True)
+    subprocess.run(["sha256sum", "--check", "--quiet", "--strict", manifest.MANIFEST], cwd=step, check=True)
     digest = hashlib.sha256((step / "config" / "metadata").read_bytes()).hexdigest()
-    assert f"{digest}  config/metadata\n" in (step / directories.MANIFEST).read_text()
+    assert f"{digest}  config/metadata\n" in (step / manifest.MANIFEST).read_text()
     assert json.loads((step / "config" / "metadata").read_text())["data"]["salt"] == 2
 
 
@@ -121,7 +121,7 @@ def test_harm_to_any_file_is_seen_and_put_aside(tmp_path_factory, pristine, trai
     workdir = tmp_path_factory.mktemp("harmed") / "w"
     subprocess.run(["cp", "-r", str(pristine), str(workdir)], check=True)
     rng = random.Random(seed)
-    files = [f for f in harness.files_of(workdir / "checkpoints" / "4") if f.stat().st_size and f.name not in directories.LATE]
+    files = [f for f in harness.files_of(workdir / "checkpoints" / "4") if f.stat().st_size and f.name not in manifest.LATE]
     victim = rng.choice(files)
     harness.HARMS[harm](victim, rng)
     lines = []
@@ -136,11 +136,11 @@ def test_harm_to_any_file_is_seen_and_put_aside(tmp_path_factory, pristine, trai
 
 def test_extra_file_and_missing_manifest_are_damage(copy):
     step = epath.Path(copy / "checkpoints" / "4")
-    assert directories.damage(step) is None
+    assert manifest.damage(step) is None
     (step / "ema" / "d" / "extra").write_text("")
-    assert directories.damage(step) == "ema/d/extra is not in the manifest"
-    (step / directories.MANIFEST).unlink()
-    assert directories.damage(step) == f"{directories.MANIFEST} is missing"
+    assert manifest.damage(step) == "ema/d/extra is not in the manifest"
+    (step / manifest.MANIFEST).unlink()
+    assert manifest.damage(step) == f"{manifest.MANIFEST} is missing"
 
 
 def test_nothing_but_damage_stops_the_run_and_says_so_again(copy):
@@ -159,7 +159,7 @@ def test_nothing_but_damage_stops_the_run_and_says_so_again(copy):
 
 def test_step_saved_again_after_damage_does_not_clash(copy, trained):
     for _ in range(2):
-        harness.delete(copy / "checkpoints" / "4" / directories.MANIFEST, random.Random(0))
+        harness.delete(copy / "checkpoints" / "4" / manifest.MANIFEST, random.Random(0))
         checkpoints = checkpoint.Checkpoints(copy, config.Checkpoint(keep_last=9), report=lambda line: None)
         assert checkpoints.find().step == 2
         checkpoints.save(4, trained, RECORD)
@@ -170,7 +170,7 @@ def test_step_saved_again_after_damage_does_not_clash(copy, trained):
 
 
 def test_verification_can_be_switched_off(copy):
-    (copy / "checkpoints" / "4" / directories.MANIFEST).unlink()
+    (copy / "checkpoints" / "4" / manifest.MANIFEST).unlink()
     checkpoints = checkpoint.Checkpoints(copy, config.Checkpoint(verify=False))
     assert checkpoints.find().step == 4
     checkpoints.close()
@@ -273,7 +273,7 @@ def test_load_passes_over_damage_and_changes_nothing(copy, trained, capsys):
     assert harness.files_of(copy) == before
     harness.flip_bit(copy / "checkpoints" / "2" / "state" / "manifest.ocdbt", random.Random(1))  # not read, not checked
     assert same(checkpoint.load(copy)[1], trained.ema)
-    assert "state" in directories.damage(epath.Path(copy / "checkpoints" / "2"))
+    assert "state" in manifest.damage(epath.Path(copy / "checkpoints" / "2"))
     with pytest.raises(UserError, match="is damaged"):
         checkpoint.load(copy / "checkpoints" / "4")
 
@@ -295,7 +295,7 @@ def test_load_says_what_is_wrong(tmp_path, copy):
 
 def test_weights_from_elsewhere_are_loaded_like_any_other(tmp_path, trained):
     path = checkpoint.write_weights(tmp_path / "out", trained.ema, config=CONFIG)
-    assert directories.damage(path) is None
+    assert manifest.damage(path) is None
     assert same(checkpoint.load(tmp_path / "out")[1], trained.ema)
     with pytest.raises(UserError, match="holds no item 'state'"):
         checkpoint.load(tmp_path / "out", weights="raw")

@@ -11,7 +11,7 @@ import pytest
 from places import ROOT, SUPPORT
 from small_data import write_dataset
 
-from dip_jax.data import pipeline
+from dip_jax.data import order
 
 COUNT, BATCH, START, STEPS = 23, 8, 4, 3
 
@@ -27,7 +27,7 @@ HOST = """
         jax.distributed.initialize(address, int(count), int(rank))
         mesh = sharding.make_mesh(config.Mesh(*json.loads(mesh)))
         data = config.Data(batch_size=8, num_threads=2, num_workers=int(workers))
-        dataset = pipeline.open_dataset(folder)
+        dataset = prepared.open_dataset(folder)
         batches = pipeline.batches(dataset, data, mesh=mesh, image_size=4, num_classes=5, seed=3, start_step=4)
         held = []
         for _ in range(3):
@@ -72,7 +72,7 @@ def test_hosts_hold_the_global_batch(tmp_path, hosts, workers, mesh):
     dataset = write_dataset(tmp_path / "data", COUNT)
     held = run(dataset.folder, tmp_path, hosts=hosts, mesh=mesh, workers=workers)
     for k in range(STEPS):
-        expected = pipeline.batch_indices(COUNT, batch_size=BATCH, seed=3, step=START + k).tolist()
+        expected = order.batch_indices(COUNT, batch_size=BATCH, seed=3, step=START + k).tolist()
         union = {}
         for host in held:
             union |= host[k]

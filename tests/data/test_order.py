@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from small_data import number_of, write_dataset
 
 from dip_jax import config
-from dip_jax.data import pipeline
+from dip_jax.data import order, pipeline
 from dip_jax.errors import UserError
 
 COUNT = 23
@@ -42,12 +42,12 @@ seeds = st.integers(0, 2**32)
 @given(count=st.integers(1, 500), seed=seeds, salt=st.integers(0, 3), epoch=st.integers(0, 1000))
 def test_each_epoch_is_a_permutation(count, seed, salt, epoch):
     positions = range(epoch * count, (epoch + 1) * count)
-    assert sorted(pipeline.record_at(positions, num_records=count, seed=seed, salt=salt)) == list(range(count))
+    assert sorted(order.record_at(positions, num_records=count, seed=seed, salt=salt)) == list(range(count))
 
 
 def test_epochs_seeds_and_salts_differ():
     orders = {
-        (seed, salt, epoch): tuple(pipeline.record_at(range(epoch * 50, epoch * 50 + 50), num_records=50, seed=seed, salt=salt))
+        (seed, salt, epoch): tuple(order.record_at(range(epoch * 50, epoch * 50 + 50), num_records=50, seed=seed, salt=salt))
         for seed in range(3)
         for salt in range(3)
         for epoch in range(3)
@@ -57,10 +57,10 @@ def test_epochs_seeds_and_salts_differ():
 
 def test_shuffling_leaves_no_trace_of_the_old_order():
     count = 20_000
-    order = np.array(pipeline.record_at(range(count), num_records=count, seed=1))
-    assert abs(np.corrcoef(order, np.arange(count))[0, 1]) < 0.03
-    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.03
-    firsts = [pipeline.record_at([0], num_records=count, seed=seed)[0] for seed in range(2000)]
+    records = np.array(order.record_at(range(count), num_records=count, seed=1))
+    assert abs(np.corrcoef(records, np.arange(count))[0, 1]) < 0.03
+    assert abs(np.corrcoef(records[1:], records[:-1])[0, 1]) < 0.03
+    firsts = [order.record_at([0], num_records=count, seed=seed)[0] for seed in range(2000)]
     assert abs(np.mean(firsts) / count - 0.5) < 0.03 and len(set(firsts)) > 1800
 
 
@@ -69,23 +69,21 @@ GOLDEN = [[233, 815, 962, 246, 407, 428, 821, 490], [900, 19, 155, 867, 831, 879
 
 def test_the_order_is_this_one():
     """A golden: another order would silently break every run that resumes."""
-    assert pipeline.batch_indices(1000, batch_size=8, seed=0, step=0).tolist() == GOLDEN[0]
-    assert pipeline.batch_indices(1000, batch_size=8, seed=7, salt=1, step=1000).tolist() == GOLDEN[1]
+    assert order.batch_indices(1000, batch_size=8, seed=0, step=0).tolist() == GOLDEN[0]
+    assert order.batch_indices(1000, batch_size=8, seed=7, salt=1, step=1000).tolist() == GOLDEN[1]
 
 
 @settings(deadline=None, max_examples=25)
 @given(batch_size=sizes, seed=seeds, salt=st.integers(0, 2), start=st.integers(0, 40), steps=st.integers(1, 8))
 def test_starting_at_a_step_is_running_to_it(dataset, batch_size, seed, salt, start, steps):
     resumed = read(dataset, steps=steps, batch_size=batch_size, seed=seed, salt=salt, start_step=start)
-    expected = [
-        pipeline.batch_indices(COUNT, batch_size=batch_size, seed=seed, salt=salt, step=start + k) for k in range(steps)
-    ]
+    expected = [order.batch_indices(COUNT, batch_size=batch_size, seed=seed, salt=salt, step=start + k) for k in range(steps)]
     np.testing.assert_array_equal(resumed, expected)
 
 
 def test_running_on_through_epochs_is_the_stream(dataset):
     whole = read(dataset, steps=20, batch_size=7, seed=3)
-    expected = pipeline.record_at(range(140), num_records=COUNT, seed=3)
+    expected = order.record_at(range(140), num_records=COUNT, seed=3)
     assert whole.ravel().tolist() == expected
     np.testing.assert_array_equal(read(dataset, steps=11, batch_size=7, seed=3, start_step=9), whole[9:])
 
@@ -148,15 +146,15 @@ def test_flips_follow_the_seed_and_are_half(dataset):
 
 
 def test_another_identity_is_refused_with_both_values(dataset, tmp_path):
-    saved = pipeline.identity(dataset, seed=1, batch_size=32)
-    pipeline.check_identity(saved, pipeline.identity(dataset, seed=1, batch_size=32))
+    saved = order.identity(dataset, seed=1, batch_size=32)
+    order.check_identity(saved, order.identity(dataset, seed=1, batch_size=32))
     other = write_dataset(tmp_path / "other", COUNT, per_shard=8)
     changes = {
-        "seed": pipeline.identity(dataset, seed=2, batch_size=32),
-        "batch_size": pipeline.identity(dataset, seed=1, batch_size=64),
-        "fingerprint": pipeline.identity(other, seed=1, batch_size=32),
-        "salt": pipeline.identity(dataset, seed=1, batch_size=32, salt=1),
+        "seed": order.identity(dataset, seed=2, batch_size=32),
+        "batch_size": order.identity(dataset, seed=1, batch_size=64),
+        "fingerprint": order.identity(other, seed=1, batch_size=32),
+        "salt": order.identity(dataset, seed=1, batch_size=32, salt=1),
     }
     for key, now in changes.items():
         with pytest.raises(UserError, match=f"{key}={saved[key]} .*{key}={now[key]}"):
-            pipeline.check_identity(saved, now)
+            order.check_identity(saved, now)

@@ -16,7 +16,7 @@ import pytest
 from small_data import number_of, pixels_of, write_dataset
 
 from dip_jax import config
-from dip_jax.data import pipeline, placement
+from dip_jax.data import order, pipeline, placement, prepared
 from dip_jax.errors import UserError
 from dip_jax.runtime import sharding
 
@@ -51,18 +51,18 @@ def test_random_access(dataset):
 
 def test_no_dataset_says_how_to_make_one(tmp_path):
     with pytest.raises(UserError, match=r"prepare --source=photo_crops --out=.*nothing"):
-        pipeline.open_dataset(tmp_path / "nothing", source="photo_crops")
+        prepared.open_dataset(tmp_path / "nothing", source="photo_crops")
     with pytest.raises(UserError, match=r"prepare --source=folder --from=DIR --image_size=N --out="):
-        pipeline.open_dataset("")
+        prepared.open_dataset("")
     with pytest.raises(UserError, match="mount the bucket"):
-        pipeline.open_dataset("gs://bucket/data")
+        prepared.open_dataset("gs://bucket/data")
 
 
 def test_the_train_split_is_opened(tmp_path):
     write_dataset(tmp_path / "data" / "train", 3)
     write_dataset(tmp_path / "data" / "validation", 2)
-    assert len(pipeline.open_dataset(tmp_path / "data")) == 3
-    assert len(pipeline.open_dataset(tmp_path / "data" / "validation")) == 2
+    assert len(prepared.open_dataset(tmp_path / "data")) == 3
+    assert len(prepared.open_dataset(tmp_path / "data" / "validation")) == 2
 
 
 def edit(path, **values):
@@ -76,25 +76,25 @@ def test_a_damaged_directory_is_one_line(tmp_path):
     folder = fresh("missing")
     (folder / "train-00001-of-00004.array_record").unlink()
     with pytest.raises(UserError, match=r"train-00001-of-00004.array_record is missing"):
-        pipeline.open_dataset(folder)
+        prepared.open_dataset(folder)
     folder = fresh("short")
     os.truncate(folder / "train-00002-of-00004.array_record", 100)
     with pytest.raises(UserError, match=r"train-00002.* is 100 bytes long"):
-        pipeline.open_dataset(folder)
+        prepared.open_dataset(folder)
     folder = fresh("edited")
     edit(folder / "dataset.json", classes=["a"] * 5)
     with pytest.raises(UserError, match="was changed"):
-        pipeline.open_dataset(folder)
+        prepared.open_dataset(folder)
     (folder / "dataset.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
-        pipeline.open_dataset(folder)
+        prepared.open_dataset(folder)
     with pytest.raises(UserError, match=r"4x4 images where 8x8"):
-        pipeline.open_dataset(fresh("size"), image_size=8)
+        prepared.open_dataset(fresh("size"), image_size=8)
 
 
 @pytest.mark.parametrize("i, reason", [(4, r"label 99 is outside \[0, 5\)"), (12, "label -1"), (5, "5 bytes are not")])
 def test_a_bad_record_names_shard_and_record(damaged, i, reason):
-    with pytest.raises(pipeline.BadRecordError, match=rf"train-0000{i // 7}-of-00004.array_record record {i % 7}: .*{reason}"):
+    with pytest.raises(prepared.BadRecordError, match=rf"train-0000{i // 7}-of-00004.array_record record {i % 7}: .*{reason}"):
         damaged[i]
 
 
@@ -105,8 +105,8 @@ def test_a_flipped_byte_names_shard_and_record(tmp_path):
     start = data.find(pixels_of(9, 16).tobytes())
     data[start + 100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(pipeline.BadRecordError, match=r"train-00001-of-00004.array_record record 2"):
-        pipeline.open_dataset(dataset.folder)[9]
+    with pytest.raises(prepared.BadRecordError, match=r"train-00001-of-00004.array_record record 2"):
+        prepared.open_dataset(dataset.folder)[9]
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -127,7 +127,7 @@ def test_a_bad_record_can_be_replaced_without_a_shift(damaged, workers):
     neighbour = {4: 6, 5: 6, 12: 13}
     for step in range(3):
         batch = next(batches)
-        planned = pipeline.batch_indices(COUNT, batch_size=COUNT, seed=0, step=step)
+        planned = order.batch_indices(COUNT, batch_size=COUNT, seed=0, step=step)
         found = [number_of(image) for image in np.asarray(batch["image"])]
         assert found == [neighbour.get(i, i) for i in planned]
         assert np.asarray(batch["label"]).tolist() == [i % 5 for i in found]
@@ -151,7 +151,7 @@ def test_batches_land_on_every_mesh(dataset, sizes):
         for value in batch.values():
             assert value.sharding.is_equivalent_to(wanted, value.ndim)
         found = [number_of(image) for image in np.asarray(batch["image"])]
-        assert found == pipeline.batch_indices(COUNT, batch_size=16, seed=2, step=step).tolist()
+        assert found == order.batch_indices(COUNT, batch_size=16, seed=2, step=step).tolist()
         assert np.asarray(batch["label"]).tolist() == [i % 5 for i in found]
     batches.close()
 
@@ -203,7 +203,7 @@ PARENT = """
     if __name__ == "__main__":
         flags.FLAGS.mark_as_parsed()
         data = config.Data(batch_size=4, num_workers=2, num_threads=1)
-        stream = iter(pipeline.host_batches(pipeline.open_dataset(sys.argv[1]), data, rows=range(4), seed=0))
+        stream = iter(pipeline.host_batches(prepared.open_dataset(sys.argv[1]), data, rows=range(4), seed=0))
         next(stream)
         print("reading", flush=True)
         sys.stdin.read()
@@ -252,7 +252,7 @@ def test_signals_meant_for_the_trainer_leave_its_workers_reading(dataset, monkey
             os.kill(worker.pid, number)
     for step in range(4, 20):
         found = [number_of(image) for image in next(stream)["image"]]
-        assert found == pipeline.batch_indices(COUNT, batch_size=4, seed=0, step=step).tolist()
+        assert found == order.batch_indices(COUNT, batch_size=4, seed=0, step=step).tolist()
     stream.close()
     assert not any(worker.is_alive() for worker in workers)
     assert kinds == {np.ndarray}  # small arrays do not pass through shared memory

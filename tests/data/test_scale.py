@@ -18,11 +18,13 @@ import itertools, json, pathlib, resource, sys, time
 from absl import flags
 flags.FLAGS.mark_as_parsed()
 from dip_jax import config
+from dip_jax.data import prepared
+from dip_jax.data import order
 from dip_jax.data import pipeline
 
 folder, start_step, batches = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 began = time.perf_counter()
-dataset = pipeline.open_dataset(folder)
+dataset = prepared.open_dataset(folder)
 data = config.Data(batch_size={BATCH})
 stream = iter(pipeline.host_batches(dataset, data, rows=range({BATCH}), seed=1, start_step=start_step))
 first = next(stream)
@@ -35,7 +37,7 @@ for k in range(1, batches):
         memory.append(pages * resource.getpagesize() / 2**20)
 stream.close()
 read = [int.from_bytes(image.tobytes(), "little") for image in first["image"]]
-planned = pipeline.batch_indices({RECORDS}, batch_size={BATCH}, seed=1, step=start_step).tolist()
+planned = order.batch_indices({RECORDS}, batch_size={BATCH}, seed=1, step=start_step).tolist()
 print(json.dumps({{"seconds": seconds, "as_planned": read == planned, "memory": memory}}))
 """
 

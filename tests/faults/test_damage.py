@@ -6,10 +6,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-
-from dip_jax.checkpoints import checkpoint, directories
-from dip_jax.config import Checkpoint
 from faults import harness
+
+from dip_jax.checkpoints import checkpoint, manifest
+from dip_jax.config import Checkpoint
 
 CHANGES = {"train__steps": 4}
 
@@ -32,7 +32,7 @@ def test_no_harm_restores_wrong_numbers(reference, tmp_path, tries):
         checkpoints = checkpoint.Checkpoints(workdir, Checkpoint(), report=lines.append)
         found = checkpoints.find()
         checkpoints.close()
-        if victim.name in directories.LATE and victim.parent.name == "4":  # no restore reads these two
+        if victim.name in manifest.LATE and victim.parent.name == "4":  # no restore reads these two
             assert found.step == 4
         else:
             assert (found.step, len(lines)) == (2, 1), (victim, harm)

@@ -16,7 +16,7 @@ from faults import harness
 from places import ROOT
 
 from dip_jax.__main__ import main
-from dip_jax.checkpoints import checkpoint, directories
+from dip_jax.checkpoints import checkpoint, manifest
 from dip_jax.errors import Exit
 from dip_jax.models import dip
 
@@ -200,13 +200,13 @@ def test_a_strange_checkpoint_is_one_line(refused, tmp, tmp_path, name):
     shutil.copytree(tmp / "run", tmp_path / "run")
     step = tmp_path / "run" / "checkpoints" / "0"
     STEP_FAULTS[name](step)
-    directories.write_manifest(checkpoint.guard.absolute(step))
+    manifest.write_manifest(checkpoint.guard.absolute(step))
     print(refused(["sample", f"--workdir={tmp_path / 'run'}", "--num_samples=2", f"--out={tmp_path}/o.png"]))
 
 
 @pytest.mark.parametrize("line", ["0" * 64 + "  ../../../bytes", "0" * 64 + "  /etc/passwd", "rubbish", "\x00" * 50])
 def test_a_strange_manifest_reads_nothing_outside(refused, tmp, tmp_path, line):
     shutil.copytree(tmp / "run", tmp_path / "run")
-    manifest = tmp_path / "run" / "checkpoints" / "0" / directories.MANIFEST
-    manifest.write_text(f"{manifest.read_text()}{line}\n")
+    file = tmp_path / "run" / "checkpoints" / "0" / manifest.MANIFEST
+    file.write_text(f"{file.read_text()}{line}\n")
     print(refused(["sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path}/o.png"]))

@@ -5,11 +5,11 @@ import time
 
 import numpy as np
 import pytest
+from faults import harness
 
-from dip_jax.data import pipeline
+from dip_jax.data import order, prepared
 from dip_jax.errors import Exit
 from dip_jax.runtime import writers
-from faults import harness
 
 STEPS = 10
 CHANGES = {"train__steps": STEPS}
@@ -99,8 +99,8 @@ def test_replaced_records_are_counted_across_an_interruption(nursery, changed, t
     child.wait()
     assert nursery.run(config, tmp_path / "run")[0] == Exit.DONE
     harness.check_curve(tmp_path / "run", tmp_path / "reference")
-    info = pipeline.open_dataset(dataset)
-    order = [pipeline.batch_indices(len(info), batch_size=8, seed=0, step=k) for k in range(STEPS)]
+    info = prepared.open_dataset(dataset)
+    order = [order.batch_indices(len(info), batch_size=8, seed=0, step=k) for k in range(STEPS)]
     assert [row["replaced"] for row in harness.curve(tmp_path / "run")] == np.cumsum(
         [(records >= len(info) - 6).sum() for records in order]
     ).tolist()

@@ -16,7 +16,7 @@ from toy_network import D, halves, network
 
 from dip_jax import config
 from dip_jax.checkpoints import checkpoint
-from dip_jax.data import pipeline
+from dip_jax.data import prepared
 from dip_jax.errors import UserError
 from dip_jax.jobs import evaluate as job
 from dip_jax.jobs import train
@@ -205,7 +205,7 @@ def dataset(tmp_path_factory):
 
 
 def test_a_dataset_gives_all_its_images_or_a_labelled_choice(dataset):
-    opened = pipeline.open_dataset(dataset)
+    opened = prepared.open_dataset(dataset)
     everything = np.concatenate(list(inputs.dataset_images(opened).batches(5)))
     np.testing.assert_array_equal(everything, np.stack([opened[i]["image"] for i in range(24)]))
     first, second = (inputs.dataset_images(opened, count=8, phase=phase) for phase in (0.0, 0.5))

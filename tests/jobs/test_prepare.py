@@ -16,7 +16,7 @@ from PIL import Image
 from preparing import ROOT, command, content, make_folder
 from test_data_images import adm_crop, bad_kinds, encoded, good_kinds, photograph
 
-from dip_jax.data import images, photo_crops, pipeline, shards, sources, writing
+from dip_jax.data import images, photo_crops, prepared, shards, sources, writing
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.jobs.prepare import prepare
 
@@ -30,7 +30,7 @@ def test_a_folder_becomes_a_dataset(tmp_path, small_shards):
     root = make_folder(tmp_path / "images")
     summary = prepare("folder", root=str(root), image_size=32, out=tmp_path / "out", processes=2)
     assert summary.records == {"train": 12} and summary.rejected == []
-    dataset = pipeline.open_dataset(tmp_path / "out")
+    dataset = prepared.open_dataset(tmp_path / "out")
     assert dataset.classes == ["ants", "bees", "cats"] and dataset.info.class_counts == (4, 4, 4)
     assert [shard.records for shard in dataset.info.shards] == [4, 4, 4]
     files = sorted(root.rglob("*.png"))
@@ -47,7 +47,7 @@ def test_a_folder_becomes_a_dataset(tmp_path, small_shards):
 def test_every_encoding_reads_back(tmp_path, encoding):
     root = make_folder(tmp_path / "images", per_class=1)
     prepare("folder", root=str(root), encoding=encoding, image_size=32, out=tmp_path / "out", processes=1)
-    dataset = pipeline.open_dataset(tmp_path / "out", image_size=32)
+    dataset = prepared.open_dataset(tmp_path / "out", image_size=32)
     assert dataset.info.encoding == encoding
     for i, path in enumerate(sorted(root.rglob("*.png"))):
         expected = adm_crop(np.asarray(Image.open(path)), 32)
@@ -57,7 +57,7 @@ def test_every_encoding_reads_back(tmp_path, encoding):
             np.testing.assert_array_equal(dataset[i]["image"], expected)
     if encoding == "original":
         with pytest.raises(UserError, match="image_size"):
-            pipeline.open_dataset(tmp_path / "out")
+            prepared.open_dataset(tmp_path / "out")
 
 
 def test_imagenet_synsets_take_their_standard_labels(tmp_path):
@@ -77,7 +77,7 @@ def test_train_and_val_folders_become_splits(tmp_path):
         make_folder(tmp_path / "images" / name, per_class=2)
     summary = prepare("folder", root=str(tmp_path / "images"), image_size=16, out=tmp_path / "out", processes=1)
     assert summary.records == {"train": 6, "validation": 6}
-    assert len(pipeline.open_dataset(tmp_path / "out")) == len(pipeline.open_dataset(tmp_path / "out" / "validation")) == 6
+    assert len(prepared.open_dataset(tmp_path / "out")) == len(prepared.open_dataset(tmp_path / "out" / "validation")) == 6
     make_folder(tmp_path / "images" / "val" / "more", classes=("dogs",))
     with pytest.raises(UserError, match="the class 'more'"):
         prepare("folder", root=str(tmp_path / "images"), image_size=16, out=tmp_path / "again", processes=1)
@@ -105,7 +105,7 @@ def test_every_odd_image_is_converted_or_listed(tmp_path):
         rows = list(csv.DictReader(file))
     assert [tuple(row.values()) for row in rows] == summary.rejected
     assert all(row["split"] == "train" and row["reason"] for row in rows)
-    dataset = pipeline.open_dataset(tmp_path / "out")
+    dataset = prepared.open_dataset(tmp_path / "out")
     expected = {kind: adm_crop(pixels, 32) for kind, (_, pixels) in good.items()}
     assert len(dataset) == len(good) + 1
     for i, name in enumerate(sorted([*(f"{kind}.jpg" for kind in good), "nested/deep.png"])):
@@ -164,7 +164,7 @@ def test_what_was_begun_in_an_encoding_goes_on_in_it(tmp_path, small_shards, mon
         with contextlib.nullcontext() if finished else pytest.raises(ZeroDivisionError):
             prepare("folder", **arguments, encoding="png")
     prepare("folder", **arguments)
-    assert pipeline.open_dataset(tmp_path / "out").info.encoding == "png"
+    assert prepared.open_dataset(tmp_path / "out").info.encoding == "png"
 
 
 @pytest.mark.parametrize("encoding", [None, "tiff"])
@@ -260,7 +260,7 @@ class OnlyNumbers(TinyPhotos):
 def test_any_tfds_classification_set(tmp_path):
     summary = prepare("tfds:tiny_photos", root=str(tmp_path / "tfds"), image_size=24, out=tmp_path / "out", processes=1)
     assert summary.records == {"test": 4, "train": 6}
-    dataset = pipeline.open_dataset(tmp_path / "out")
+    dataset = prepared.open_dataset(tmp_path / "out")
     builder = tfds.builder("tiny_photos", data_dir=tmp_path / "tfds", file_format="array_record")
     for i, example in enumerate(builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})):
         expected = adm_crop(np.asarray(Image.open(io.BytesIO(example["image"]))), 24)
@@ -281,7 +281,7 @@ def test_photo_crops(tmp_path, monkeypatch):
     monkeypatch.setattr(photo_crops, "SPLITS", {"train": (0, 40), "validation": (1, 20)})
     summary = prepare("photo_crops", out=tmp_path / "out", processes=1)
     assert summary.records == {"train": 40, "validation": 20}
-    dataset = pipeline.open_dataset(tmp_path / "out")
+    dataset = prepared.open_dataset(tmp_path / "out")
     assert dataset.classes == list(photo_crops.PHOTOGRAPHS) and dataset.info.class_counts == (4,) * 10
     assert (dataset.info.encoding, dataset.image_size) == ("raw", 64)
     crops = {np.asarray(photo_crops.Cropper(64).crop(0, i)).tobytes(): i % 10 for i in range(40)}

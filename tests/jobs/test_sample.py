@@ -9,7 +9,7 @@ from PIL import Image
 
 from dip_jax import config
 from dip_jax.__main__ import main
-from dip_jax.checkpoints import checkpoint, directories
+from dip_jax.checkpoints import checkpoint, directories, manifest
 from dip_jax.models import dip
 from dip_jax.sampling import sample_files
 
@@ -53,8 +53,8 @@ def test_grid_npz_and_folder_hold_the_same_samples(workdir, tmp_path):
 def test_a_step_without_its_training_state_is_enough(workdir, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
-    with (copy / directories.ROOT / "7" / directories.MANIFEST).open("a") as manifest:
-        manifest.write(f"{'0' * 64}  state/array_metadatas\n")  # of an item that training would have written
+    with (copy / directories.ROOT / "7" / manifest.MANIFEST).open("a") as file:
+        file.write(f"{'0' * 64}  state/array_metadatas\n")  # of an item that training would have written
     assert main(["sample", f"--workdir={copy}", "--num_samples=2", f"--out={tmp_path / 'two.png'}"]) == 0
     assert main(["sample", f"--workdir={copy}", "--num_samples=2", "--noema", f"--out={tmp_path / 'two.npz'}"]) == 2
 

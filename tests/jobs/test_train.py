@@ -19,7 +19,9 @@ from dip_jax.__main__ import main
 from dip_jax.checkpoints import checkpoint
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.jobs import train
-from dip_jax.runtime import guard, writers
+from dip_jax.runtime import guard, storage, writers
+from dip_jax.runtime.lock import Lock
+from dip_jax.runtime.signals import Signals
 from dip_jax.training import config_change, state, step
 
 
@@ -111,7 +113,7 @@ def test_unwritable_workdir_and_second_run_are_refused(tmp_path, dataset, no_com
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         train.train(harness.tiny_config(dataset), workdir=tmp_path / "file" / "run")
-    lock = guard.Lock(guard.absolute(tmp_path))
+    lock = Lock(storage.absolute(tmp_path))
     lock.acquire()
     with pytest.raises(UserError, match="in use by"):
         train.train(harness.tiny_config(dataset), workdir=tmp_path)
@@ -169,7 +171,7 @@ def test_step_is_compiled_once_and_fetched_without_implicit_transfers(dataset, t
 def test_interruption_raises_the_code_after_saving(dataset, tmp_path, monkeypatch):
     seen = []
 
-    class Asking(guard.Signals):
+    class Asking(Signals):
         def __enter__(self):
             self.requested = Exit.INTERRUPTED if seen else None
             seen.append(True)

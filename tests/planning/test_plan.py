@@ -16,7 +16,7 @@ from dip_jax import __main__, config
 from dip_jax.errors import UserError
 from dip_jax.models import cost
 from dip_jax.planning import hlo, plan, prediction
-from dip_jax.runtime import sharding
+from dip_jax.runtime import accelerators, sharding
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -122,11 +122,11 @@ def test_a_mesh_that_cannot_be_is_one_line():
 
 def test_predictions():
     """A ring inside a node of eight is fast; one that leaves it is as fast as the adapters that it has."""
-    h100 = prediction.ACCELERATORS["H100"]
+    h100 = accelerators.ACCELERATORS["H100"]
     assert h100.ring_rate(range(8)) == 450e9
     assert h100.ring_rate(range(0, 64, 8)) == 50e9
     assert h100.ring_rate(range(16)) == 400e9
-    assert prediction.ACCELERATORS["v5p"].ring_rate(range(0, 64, 8)) == 200e9
+    assert accelerators.ACCELERATORS["v5p"].ring_rate(range(0, 64, 8)) == 200e9
     reduce = hlo.Collective("all-reduce", int(1e9), tuple(range(8)), 3, "", ())
     assert reduce.sent == 3 * 2 * 7 / 8 * 1e9
     guess = prediction.predict(h100, flops=989 * 10**12, collectives=[reduce], state_bytes=0, total_bytes=81 * 10**9)

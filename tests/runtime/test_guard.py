@@ -10,7 +10,9 @@ import pytest
 from etils import epath
 
 from dip_jax.errors import Exit, UserError
-from dip_jax.runtime import guard
+from dip_jax.runtime import storage
+from dip_jax.runtime.lock import Lock
+from dip_jax.runtime.signals import Signals
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ HOLD = """
     import os, time
     from etils import epath
     from dip_jax import guard
-    guard.Lock(epath.Path({path!r})).acquire()
+    Lock(epath.Path({path!r})).acquire()
     if {fork} and os.fork() == 0:
         time.sleep(1)
         os._exit(0)
@@ -45,16 +47,16 @@ HOLD = """
 def test_second_run_is_refused_by_name_until_the_holder_is_killed(tmp_path, child):
     holder = child(HOLD.format(path=str(tmp_path), fork=False))
     assert holder.stdout.readline() == "held\n"
-    lock = guard.Lock(epath.Path(tmp_path))
+    lock = Lock(epath.Path(tmp_path))
     with pytest.raises(UserError, match=f"in use by process {holder.pid} on .* since 20"):
         lock.acquire()
     holder.kill()
     holder.communicate()
     lock.acquire()
     with pytest.raises(UserError, match="already in use by this process"):
-        guard.Lock(epath.Path(tmp_path)).acquire()
+        Lock(epath.Path(tmp_path)).acquire()
     lock.release()
-    guard.Lock(epath.Path(tmp_path)).acquire()
+    Lock(epath.Path(tmp_path)).acquire()
 
 
 def test_lock_is_not_kept_alive_by_children_of_a_dead_holder(tmp_path, child):
@@ -62,7 +64,7 @@ def test_lock_is_not_kept_alive_by_children_of_a_dead_holder(tmp_path, child):
     assert holder.stdout.readline() == "held\n"
     holder.kill()
     holder.wait()
-    guard.Lock(epath.Path(tmp_path)).acquire()
+    Lock(epath.Path(tmp_path)).acquire()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_lock_is_not_kept_alive_by_children_of_a_dead_holder(tmp_path, child):
 )
 def test_signals_become_requests_and_handlers_come_back(number, code, capfd):
     before = signal.getsignal(number)
-    with guard.Signals() as signals:
+    with Signals() as signals:
         assert signals.requested is None
         os.kill(os.getpid(), number)
         assert signals.requested == code
@@ -83,7 +85,7 @@ def test_second_interrupt_ends_at_once(child):
     process = child("""
         import time
         from dip_jax import guard
-        with guard.Signals() as signals:
+        with Signals() as signals:
             print("ready", flush=True)
             while True:
                 time.sleep(0.01)
@@ -102,7 +104,7 @@ def test_watchdog_names_the_stuck_line_and_ends_the_process(child):
     process = child("""
         import time
         from dip_jax import guard
-        watchdog = guard.Watchdog(0.3)
+        watchdog = Watchdog(0.3)
         def stuck():
             time.sleep(60)
         for _ in range(5):
@@ -120,35 +122,35 @@ def test_stopped_watchdog_lets_go(child):
     process = child("""
         import time
         from dip_jax import guard
-        watchdog = guard.Watchdog(0.2); watchdog.beat(); watchdog.stop(); time.sleep(0.5)
-        guard.Watchdog(0).beat()
+        watchdog = Watchdog(0.2); watchdog.beat(); watchdog.stop(); time.sleep(0.5)
+        Watchdog(0).beat()
     """)
     assert process.wait(30) == 0
 
 
 def test_space_and_permission_are_one_line_errors(tmp_path):
     folder = epath.Path(tmp_path)
-    guard.require_space(folder, 1)
+    storage.require_space(folder, 1)
     with pytest.raises(UserError, match=r"GiB free but needs 1048576.00 GiB"):
-        guard.require_space(folder, 2**50)
+        storage.require_space(folder, 2**50)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        guard.require_writable(folder / "file" / "below")
-    guard.require_writable(folder / "a" / "b")
+        storage.require_writable(folder / "file" / "below")
+    storage.require_writable(folder / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
 def test_text_is_replaced_whole(tmp_path, monkeypatch):
     path = epath.Path(tmp_path / "file")
-    guard.write_text(path, "old")
+    storage.write_text(path, "old")
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("no space")))
     with pytest.raises(OSError, match="no space"):
-        guard.write_text(path, "new, but the disk is full")
+        storage.write_text(path, "new, but the disk is full")
     assert path.read_text() == "old"
 
 
 def test_paths_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert guard.absolute("runs/../x") == epath.Path(tmp_path / "x")
-    assert str(guard.absolute("gs://bucket/run")) == "gs://bucket/run"
-    assert guard.is_local("/a") and not guard.is_local("gs://a")
+    assert storage.absolute("runs/../x") == epath.Path(tmp_path / "x")
+    assert str(storage.absolute("gs://bucket/run")) == "gs://bucket/run"
+    assert storage.is_local("/a") and not storage.is_local("gs://a")

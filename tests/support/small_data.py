@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dip_jax.data import pipeline, shards
+from dip_jax.data import prepared, shards
 
 
 def pixels_of(i: int, size: int) -> np.ndarray:
@@ -29,7 +29,7 @@ def write_dataset(
     classes: int = 5,
     per_shard: int = 7,
     record: Callable[[int], tuple[int, bytes]] | None = None,
-) -> pipeline.Dataset:
+) -> prepared.Dataset:
     """`count` records, label i mod classes; `record` may make others."""
     folder.mkdir(parents=True, exist_ok=True)
     record = record or (lambda i: (i % classes, pixels_of(i, size).tobytes()))
@@ -47,4 +47,4 @@ def write_dataset(
         shards=tuple(written),
     )
     (folder / shards.DATASET_FILE).write_text(info.to_json())
-    return pipeline.open_dataset(folder)
+    return prepared.open_dataset(folder)

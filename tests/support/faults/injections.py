@@ -8,10 +8,10 @@ import time
 import jax
 import jax.numpy as jnp
 
-from dip_jax.checkpoints import directories
-from dip_jax.data import pipeline
+from dip_jax.checkpoints import manifest
+from dip_jax.data import pipeline, prepared
 from dip_jax.errors import UserError
-from dip_jax.runtime import guard
+from dip_jax.runtime import storage
 from dip_jax.sampling import sample_files
 from dip_jax.training import loop, step
 
@@ -95,14 +95,14 @@ def hang() -> None:
 
 def no_data_on_host_1() -> None:
     """The dataset is not there on the second host."""
-    original = pipeline.open_dataset
+    original = prepared.open_dataset
 
     def open_dataset(*args, **kwargs):
         if jax.process_index() == 1:
             raise UserError("no such dataset here")
         return original(*args, **kwargs)
 
-    pipeline.open_dataset = open_dataset
+    prepared.open_dataset = open_dataset
 
 
 def slow_steps(seconds: float = 0.1) -> None:
@@ -161,7 +161,7 @@ def nan_parameter() -> None:
 
 def blind_to_space() -> None:
     """The check of free space sees nothing, so that the disk fills up in the middle of a save."""
-    guard.require_space = lambda path, needed: None
+    storage.require_space = lambda path, needed: None
 
 
 def killed_before_the_picture() -> None:
@@ -176,7 +176,7 @@ def killed_before_the_picture() -> None:
 
 def second_save_fails() -> None:
     """The second save finds no room when it has gone into the background."""
-    original, calls = directories.write_manifest, []
+    original, calls = manifest.write_manifest, []
 
     def write_manifest(path):
         calls.append(path)
@@ -184,5 +184,5 @@ def second_save_fails() -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         original(path)
 
-    directories.write_manifest = write_manifest
+    manifest.write_manifest = write_manifest
     slow_steps()

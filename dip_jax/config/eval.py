@@ -1,0 +1,20 @@
+"""How samples are judged."""
+
+from dataclasses import dataclass
+
+from dip_jax.config.checks import one_of, positive
+
+
+@dataclass(frozen=True)
+class Eval:
+    """What a sample set is judged with."""
+
+    reference: str = ""  # prepared dataset directory, or an .npz of images or of ADM statistics
+    features: str = "lite0"  # lite0 | inception; anything but inception carries its name in the metric's name
+    weights: str = ""  # file of the inception weights
+    num_samples: int = 500
+    batch_size: int = 50  # images per feature-network call
+
+    def __post_init__(self):
+        one_of("eval.features", self.features, ("inception", "lite0"))
+        positive("eval", self, "num_samples", "batch_size")

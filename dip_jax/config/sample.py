@@ -1,0 +1,31 @@
+"""How samples are drawn."""
+
+import math
+from dataclasses import dataclass
+
+from dip_jax.config.checks import not_negative, one_of, positive
+from dip_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How images are drawn (section 4.1: Euler, 100 steps, classifier-free guidance on an interval)."""
+
+    solver: str = "euler"  # euler | heun | ab2 | sde
+    steps: int = 100
+    guidance: float = 4.0  # v = v_u + guidance * (v_c - v_u)
+    interval: tuple[float, float] = (0.1, 1.0)  # guidance applies where low < t < high, strictly
+    t_shift: float = 1.0  # time grid t / (t + (1 - t) t_shift)
+    sde_noise: float = 1.0  # sde: g^2 = 2 sde_noise (1 - t); 0 is the ODE
+    batch_size: int = 64  # images per compiled call, over all devices
+
+    def __post_init__(self):
+        one_of("sample.solver", self.solver, ("euler", "heun", "ab2", "sde"))
+        positive("sample", self, "t_shift", "batch_size")
+        if not 1 <= self.steps <= 1000:
+            raise UserError(f"sample.steps={self.steps} must lie in 1..1000")
+        not_negative("sample", self, "sde_noise")
+        if not math.isfinite(self.guidance):
+            raise UserError(f"sample.guidance={self.guidance} must be a finite number")
+        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+            raise UserError(f"sample.interval={self.interval} must be low,high with 0 <= low <= high <= 1")

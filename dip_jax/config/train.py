@@ -1,0 +1,25 @@
+"""The loop's options."""
+
+from dataclasses import dataclass
+
+from dip_jax.config.checks import not_negative, one_of, positive
+
+
+@dataclass(frozen=True)
+class Train:
+    """The loop: how long, how often it reports, when it gives up."""
+
+    steps: int = 800_729  # 160 epochs of ImageNet at batch 256
+    seed: int = 0
+    init_from: str = ""  # checkpoint whose backbone a new run starts from (section 3.4); set by --init_from
+    log_every: int = 100
+    sample_every: int = 5000  # a grid drawn from the EMA; 0 is never
+    eval_every: int = 0  # a small FID of the EMA and of the last weights; 0 is never
+    bad_steps: int = 10  # non-finite updates in a row that are skipped before `on_bad_steps`
+    on_bad_steps: str = "rollback"  # rollback (to the last good checkpoint, other data) | abort
+    watchdog_seconds: float = 600.0  # no step for this long: print every thread's stack and abort; 0 is off
+
+    def __post_init__(self):
+        positive("train", self, "steps", "log_every", "bad_steps")
+        not_negative("train", self, "seed", "sample_every", "eval_every", "watchdog_seconds")
+        one_of("train.on_bad_steps", self.on_bad_steps, ("rollback", "abort"))
