@@ -131,7 +131,7 @@ def main() -> None:
         for row in rows
     ]
     print(measuring.table(header, lines))
-    measuring.save("head", {key: str(value) for key, value in vars(options).items() if key != "out"}, rows, out=options.out)
+    measuring.save("head", measuring.asked(options), rows, out=options.out)
 
 
 if __name__ == "__main__":

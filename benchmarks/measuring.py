@@ -4,6 +4,7 @@ A busy machine disturbs all variants alike only if they take turns (A B A B, eve
 counts what they themselves use: on a CPU the process's CPU seconds; on an accelerator, which nobody shares, wall seconds.
 """
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -210,6 +211,11 @@ def peak_bytes() -> int:
     """The most memory held so far: of the device, on a CPU of the process."""
     stats = None if on_cpu() else jax.devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def asked(options: argparse.Namespace, *, without: Sequence[str] = ()) -> dict[str, str]:
+    """The options of a run as `save` records them: all but where it writes, and `without`."""
+    return {key: str(value) for key, value in vars(options).items() if key not in ("out", *without)}
 
 
 def save(

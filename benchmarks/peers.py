@@ -99,7 +99,7 @@ def main() -> None:
         for row in rows
     ]
     print(measuring.table(header, lines))
-    config = {key: str(value) for key, value in vars(options).items() if key not in ("out", "pixnerd")}
+    config = measuring.asked(options, without=("pixnerd",))
     measuring.save("peers", config, rows, out=options.out)
 
 

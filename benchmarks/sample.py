@@ -4,7 +4,7 @@
     python benchmarks/sample.py --variants="b1:batch=1;heun:batch=1,solver=heun"
     python benchmarks/sample.py --gpu --rounds=5                  DiP-XL/16 at 256 px, 100 steps: one call on a GPU
 
-A variant is name:key=value,... of fields of `config.Model` and `config.Sample`, and batch. A time is `drawing.draw_batches`'
+A variant is name:key=value,... of fields of `config.Model` and `config.Sample`, and batch. A time is `draw_batches`'
 from labels to uint8 images on the host, divided by the batches drawn (3 at a time: the conversion of the weights is shared, the
 host's copy runs beside the next batch). One evaluation is one image through the network once; outside the guidance interval
 there is one per step, inside there are two. `benchmarks/sample_levers.py` measures what is done ahead of the first step.
@@ -107,7 +107,7 @@ def main() -> None:
         for row in rows
     ]
     print(measuring.table(header, lines))
-    measuring.save("sample", {key: str(value) for key, value in vars(options).items() if key != "out"}, rows, out=options.out)
+    measuring.save("sample", measuring.asked(options), rows, out=options.out)
 
 
 if __name__ == "__main__":

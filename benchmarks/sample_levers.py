@@ -64,7 +64,7 @@ def main() -> None:
     rows = measure(options)
     keys = ("variant", "seconds", "low", "high", "speed", "speed_low", "speed_high", "difference")
     print(measuring.table(keys, [[row[key] for key in keys] for row in rows]))
-    asked = {key: str(value) for key, value in vars(options).items() if key != "out"}
+    asked = measuring.asked(options)
     measuring.save("sample_levers", asked, rows, out=options.out)
 
 

@@ -110,7 +110,7 @@ def main() -> None:
         for row in rows
     ]
     print(measuring.table(header, lines))
-    measuring.save("scaling", {key: str(value) for key, value in vars(options).items() if key != "out"}, rows, out=options.out)
+    measuring.save("scaling", measuring.asked(options), rows, out=options.out)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def main() -> None:
     header = ("start", "trace s", "compile or load s", "first run s", "first sample s")
     keys = ("mode", "trace", "compile_or_load", "first_run", "first_sample")
     print(measuring.table(header, [[row[key] for key in keys] for row in rows]))
-    asked = {key: str(value) for key, value in vars(options).items() if key not in ("out", "mode", "folder")}
+    asked = measuring.asked(options, without=("mode", "folder"))
     measuring.save("start", asked, rows, out=options.out, clock="wall seconds")
 
 

@@ -173,7 +173,7 @@ def main() -> None:
         ]
         print(measuring.table(header, lines))
     what = "loop" if options.loop else "step"
-    measuring.save(what, {key: str(value) for key, value in vars(options).items() if key != "out"}, rows, out=options.out)
+    measuring.save(what, measuring.asked(options), rows, out=options.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import small_data
 from absl import flags
 from PIL import Image
 from places import ROOT
-from test_convert import tensors, write
+from published import tensors, write
 
 from dip_jax import __main__, config
 from dip_jax.checkpoints import checkpoint

@@ -81,7 +81,7 @@ def write_report(
         samples: what the model draws; up to 8 of each of the first 12 classes are shown.
         real: training images to show beside them.
         class_names: names of all classes.
-        trajectory: the way from noise to image of a few samples, from `drawing.draw_frames`; None leaves it out.
+        trajectory: the way from noise to image of a few samples, from `trajectories.draw_frames`; None leaves it out.
         history: rows of metrics.jsonl; "step" with "loss", "images_per_second", "grad_norm" where known.
         metrics: rows of the table, all with the same keys in the same order; the first names the row, N is one of them.
         config: of the run.

@@ -86,7 +86,7 @@ def help_text(command: str, job: Any, values: flags.FlagValues) -> str:
         text = textwrap.wrap(f"{flag.help}{default}", width=88)
         lines += [f"  --{flag.name:<20} {text[0]}", *(f"{'':<25}{line}" for line in text[1:])]
     if "config" in values:
-        lines += ["", "config keys, overridden by --config.SECTION.KEY=VALUE (meaning: dip_jax/config.py):"]
+        lines += ["", "config keys, overridden by --config.SECTION.KEY=VALUE (meaning: dip_jax/config/SECTION.py):"]
         for section, options in dataclasses.asdict(config.Config()).items():
             keys = ", ".join(f"{key}={value!r}" for key, value in options.items())
             lines += textwrap.wrap(f"{section}: {keys}", width=112, initial_indent="  ", subsequent_indent="      ")

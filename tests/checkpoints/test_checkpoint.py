@@ -20,7 +20,7 @@ from dip_jax import config
 from dip_jax.checkpoints import checkpoint, directories, manifest
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
-from dip_jax.runtime import guard, sharding
+from dip_jax.runtime import sharding, storage
 from dip_jax.training import optim, state
 
 CONFIG = harness.tiny_config(pathlib.Path("nowhere"))
@@ -230,7 +230,7 @@ def test_failed_save_stops_at_the_next_check_with_the_last_good_step(tmp_path, t
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(guard, "write_text", full)
+    monkeypatch.setattr(storage, "write_text", full)
     checkpoints.save(2, trained, RECORD)
     checkpoints._saving.exception()  # until the background is done
     with pytest.raises(UserError, match=r"saving .*/2 failed \(OSError.*No space left.*\); the last good one is step 1"):
@@ -249,7 +249,7 @@ def test_a_save_that_another_process_spoils_is_no_mistake_of_the_user(tmp_path, 
     def gone(path, text):
         raise jax.errors.JaxRuntimeError("UNAVAILABLE: recvmsg:Connection reset by peer")
 
-    monkeypatch.setattr(guard, "write_text", gone)
+    monkeypatch.setattr(storage, "write_text", gone)
     checkpoints.save(2, trained, RECORD)
     with pytest.raises(Interrupted, match=r"UNAVAILABLE.*the last good one is step 1; run the same command again") as caught:
         checkpoints.close()

@@ -19,6 +19,7 @@ from dip_jax.__main__ import main
 from dip_jax.checkpoints import checkpoint, manifest
 from dip_jax.errors import Exit
 from dip_jax.models import dip
+from dip_jax.runtime import storage
 
 CONFIG = "--config=configs/demo.py"
 
@@ -200,7 +201,7 @@ def test_a_strange_checkpoint_is_one_line(refused, tmp, tmp_path, name):
     shutil.copytree(tmp / "run", tmp_path / "run")
     step = tmp_path / "run" / "checkpoints" / "0"
     STEP_FAULTS[name](step)
-    manifest.write_manifest(checkpoint.guard.absolute(step))
+    manifest.write_manifest(storage.absolute(step))
     print(refused(["sample", f"--workdir={tmp_path / 'run'}", "--num_samples=2", f"--out={tmp_path}/o.png"]))
 
 

@@ -6,25 +6,11 @@ import jax
 import numpy as np
 import pytest
 from parity_cases import NUM_CLASSES
-from safetensors.numpy import save_file
+from published import tensors, write
 
 from dip_jax.checkpoints import checkpoint
 from dip_jax.errors import UserError
 from dip_jax.jobs import convert
-from dip_jax.jobs.convert import Sizes
-
-SIZES = Sizes(depth=2, width=32, num_heads=2, patch_size=4, num_classes=NUM_CLASSES, head_width=8, head_depth=2)
-
-
-def tensors(source="pixnerd"):
-    random = np.random.RandomState(0)
-    shapes = convert.tensor_shapes(source, SIZES)
-    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def write(path, values):
-    save_file({name: np.ascontiguousarray(value) for name, value in values.items()}, path)
-    return path
 
 
 @pytest.mark.parametrize("source", convert.SOURCES)

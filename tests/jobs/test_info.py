@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from places import ROOT
-from test_models import COMBINATIONS, small
+from small_models import COMBINATIONS, small
 
 from dip_jax import __main__, config
 from dip_jax.errors import UserError

@@ -12,9 +12,10 @@ import time
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from pictures import adm_crop, bad_kinds, encoded, good_kinds, photograph
 from PIL import Image
-from preparing import ROOT, command, content, make_folder
-from test_data_images import adm_crop, bad_kinds, encoded, good_kinds, photograph
+from places import ROOT
+from preparing import command, content, make_folder
 
 from dip_jax.data import images, photo_crops, prepared, shards, sources, writing
 from dip_jax.errors import Exit, Interrupted, UserError

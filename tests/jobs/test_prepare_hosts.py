@@ -10,7 +10,8 @@ import time
 import launching
 import pytest
 from faults import harness
-from preparing import COUNTED_JOB, ROOT, command, content, make_folder
+from places import ROOT
+from preparing import COUNTED_JOB, command, content, make_folder
 
 from dip_jax.errors import Exit
 

@@ -10,7 +10,8 @@ import sys
 import time
 
 import pytest
-from preparing import COUNTED_JOB, ROOT, command, content, make_folder
+from places import ROOT
+from preparing import COUNTED_JOB, command, content, make_folder
 
 from dip_jax.errors import Exit, UserError
 from dip_jax.jobs.prepare import prepare

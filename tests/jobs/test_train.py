@@ -19,7 +19,7 @@ from dip_jax.__main__ import main
 from dip_jax.checkpoints import checkpoint
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.jobs import train
-from dip_jax.runtime import guard, storage, writers
+from dip_jax.runtime import storage, writers
 from dip_jax.runtime.lock import Lock
 from dip_jax.runtime.signals import Signals
 from dip_jax.training import config_change, state, step
@@ -177,7 +177,7 @@ def test_interruption_raises_the_code_after_saving(dataset, tmp_path, monkeypatc
             seen.append(True)
             return self
 
-    monkeypatch.setattr(guard, "Signals", Asking)
+    monkeypatch.setattr(train, "Signals", Asking)
     train.train(harness.tiny_config(dataset, train__steps=3), workdir=tmp_path)
     with pytest.raises(Interrupted, match=r"saved step 3 .*run the same command again to go on") as stop:
         train.train(harness.tiny_config(dataset, train__steps=9), workdir=tmp_path)

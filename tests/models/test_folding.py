@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from plain_unet import plain_unet
-from test_models import assert_same, randomise
+from small_models import assert_same, randomise
 
 from dip_jax import config
 from dip_jax.models.detailers import UNet

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_models import small
+from small_models import small
 
 from dip_jax import __main__, config
 from dip_jax.errors import UserError

@@ -9,7 +9,7 @@ from absl import flags
 from dip_jax.__main__ import main
 from dip_jax.errors import Exit, UserError
 from dip_jax.runtime import command_line, distributed
-from dip_jax.runtime.distributed import Membership, find_membership
+from dip_jax.runtime.membership import Membership, find_membership
 
 OWN = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM = {

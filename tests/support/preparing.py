@@ -6,13 +6,13 @@ import pathlib
 import sys
 
 import numpy as np
+from pictures import encoded, photograph
 from PIL import Image
-from test_data_images import encoded, photograph
 
 # `prepare` with SHARD images per shard, whose writers count the images they begin and stop for ever at number LAST.
 COUNTED_JOB = """
 import os, sys, time
-from dip_jax import distributed
+from dip_jax.runtime import distributed
 from dip_jax.__main__ import main
 from dip_jax.data import images, writing
 

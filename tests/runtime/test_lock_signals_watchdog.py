@@ -34,7 +34,7 @@ def child():
 HOLD = """
     import os, time
     from etils import epath
-    from dip_jax import guard
+    from dip_jax.runtime.lock import Lock
     Lock(epath.Path({path!r})).acquire()
     if {fork} and os.fork() == 0:
         time.sleep(1)
@@ -84,7 +84,7 @@ def test_signals_become_requests_and_handlers_come_back(number, code, capfd):
 def test_second_interrupt_ends_at_once(child):
     process = child("""
         import time
-        from dip_jax import guard
+        from dip_jax.runtime.signals import Signals
         with Signals() as signals:
             print("ready", flush=True)
             while True:
@@ -103,7 +103,7 @@ def test_second_interrupt_ends_at_once(child):
 def test_watchdog_names_the_stuck_line_and_ends_the_process(child):
     process = child("""
         import time
-        from dip_jax import guard
+        from dip_jax.runtime.watchdog import Watchdog
         watchdog = Watchdog(0.3)
         def stuck():
             time.sleep(60)
@@ -121,7 +121,7 @@ def test_watchdog_names_the_stuck_line_and_ends_the_process(child):
 def test_stopped_watchdog_lets_go(child):
     process = child("""
         import time
-        from dip_jax import guard
+        from dip_jax.runtime.watchdog import Watchdog
         watchdog = Watchdog(0.2); watchdog.beat(); watchdog.stop(); time.sleep(0.5)
         Watchdog(0).beat()
     """)
