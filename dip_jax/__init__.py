@@ -8,7 +8,7 @@ _PUBLIC = {
     "build": "dip_jax.models.dip",
     "load": "dip_jax.checkpoints.checkpoint",
     "sample": "dip_jax.jobs.sample",
-    "open_dataset": "dip_jax.data.pipeline",
+    "open_dataset": "dip_jax.data.prepared",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

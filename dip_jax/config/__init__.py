@@ -4,7 +4,7 @@ A config file (`configs/*.py`) starts from `defaults()`, changes some fields and
 overrides single keys; `from_config_dict` checks everything and returns frozen dataclasses.
 """
 
-from dip_jax.config.bridge import Config, check_key, defaults, difference, from_config_dict, from_dict, to_dict
+from dip_jax.config.bridge import Config, check_key, defaults, difference, from_config_dict, from_dict, sections, to_dict
 from dip_jax.config.checkpoint import Checkpoint
 from dip_jax.config.data import Data
 from dip_jax.config.eval import Eval
@@ -32,5 +32,6 @@ __all__ = [
     "difference",
     "from_config_dict",
     "from_dict",
+    "sections",
     "to_dict",
 ]

@@ -49,14 +49,16 @@ class Config:
             )
 
 
-def _sections() -> dict[str, type]:
+def sections() -> dict[str, type]:
+    """The dataclass of each section, by its key."""
     return {f.name: f.default_factory for f in dataclasses.fields(Config)}
 
 
 def defaults() -> ConfigDict:
     """All options at their defaults, as the `ConfigDict` that a config file starts from."""
-    sections = {name: ConfigDict({f.name: _default(f) for f in dataclasses.fields(cls)}) for name, cls in _sections().items()}
-    return ConfigDict(sections)
+    return ConfigDict(
+        {name: ConfigDict({f.name: _default(f) for f in dataclasses.fields(cls)}) for name, cls in sections().items()}
+    )
 
 
 def _default(f: dataclasses.Field) -> Any:
@@ -72,17 +74,17 @@ def from_config_dict(config: ConfigDict) -> Config:
         UserError: for an unknown key (naming the nearest valid one), a value of the wrong type, a value out of range, or
             two values that contradict each other.
     """
-    sections = _sections()
-    _known("", config.keys(), sections)
-    return Config(**{name: _freeze(name, cls, config.get(name, {})) for name, cls in sections.items()})
+    known = sections()
+    _known("", config.keys(), known)
+    return Config(**{name: _freeze(name, cls, config.get(name, {})) for name, cls in known.items()})
 
 
 def check_key(key: str) -> None:
     """Raises `UserError` where a dotted key such as "optim.learning_rate" names no option, with the nearest that does."""
     section, _, option = key.partition(".")
-    sections = _sections()
-    _known("", [section], sections)
-    _known(f"{section}.", [option], {f.name for f in dataclasses.fields(sections[section])})
+    known = sections()
+    _known("", [section], known)
+    _known(f"{section}.", [option], {f.name for f in dataclasses.fields(known[section])})
 
 
 def _freeze(name: str, cls: type, values: Any) -> Any:

@@ -198,7 +198,7 @@ PARENT = """
     import sys
     from absl import flags
     from dip_jax import config
-    from dip_jax.data import pipeline
+    from dip_jax.data import pipeline, prepared
 
     if __name__ == "__main__":
         flags.FLAGS.mark_as_parsed()

@@ -9,7 +9,7 @@ from places import GOLDEN
 from dip_jax.models.dip import build
 from dip_jax.runtime import sharding
 
-TREES = GOLDEN / "parameters"
+REVIEWED = GOLDEN / "parameters"
 
 TREES = {
     **{f"DiP-{size}-16": {"name": f"DiP-{size}/16"} for size in ("tiny", "S", "B", "L", "XL")},
@@ -71,7 +71,7 @@ def test_the_head_is_a_third_of_a_percent():
 @pytest.mark.parametrize("name", TREES)
 def test_parameter_tree_is_the_reviewed_one(name, update_goldens):
     """Refresh with --update-goldens where a rename is meant: it makes older checkpoints unreadable."""
-    file = TREES / f"{name}.txt"
+    file = REVIEWED / f"{name}.txt"
     if update_goldens:
         file.parent.mkdir(exist_ok=True)
         file.write_text(describe(**TREES[name]))
