@@ -6,10 +6,10 @@ A module says by `CHANGES` in what its config differs from `harness.tiny_config`
 import pathlib
 
 import pytest
+from faults import harness
 
 from dip_jax.config import Config
 from dip_jax.errors import Exit
-from faults import harness
 
 
 @pytest.fixture(scope="module")

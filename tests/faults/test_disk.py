@@ -5,9 +5,9 @@ import signal
 import subprocess
 
 import pytest
+from faults import harness
 
 from dip_jax.errors import Exit
-from faults import harness
 
 pytestmark = [
     pytest.mark.slow,

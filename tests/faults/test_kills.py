@@ -4,9 +4,9 @@ import random
 import signal
 
 import pytest
+from faults import harness
 
 from dip_jax.errors import Exit
-from faults import harness
 
 CHANGES = {"train__steps": 60}
 

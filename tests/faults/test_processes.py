@@ -5,9 +5,9 @@ import signal
 import time
 
 import pytest
+from faults import harness
 
 from dip_jax.errors import Exit
-from faults import harness
 
 CHANGES = {"train__steps": 14}
 
