@@ -45,7 +45,9 @@ class Scale:
 
 # A few hundred steps: initial values and a position table with which short runs learn (as in configs/demo.py), for all alike.
 _SHORT = {"head_init": "he", "label_std": 0.4, "position": "rope+sincos", "t_clip": 0.3}
-_CPU = _SHORT | {"size": "tiny", "dtype": "float32", "remat": "none", "head_remat": False}
+# The U-Net whose results docs/experiments.md tells: of before the authors published theirs.
+_FORMER = {"head_pool": "avg", "head_upsample": "nearest", "head_feature": "raw", "head_zero_init": True}
+_CPU = _SHORT | _FORMER | {"size": "tiny", "dtype": "float32", "remat": "none", "head_remat": False}
 _GPU = {"size": "S", "dtype": "bfloat16", "remat": "none", "head_remat": False}
 
 SCALES = {

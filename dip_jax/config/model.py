@@ -10,7 +10,7 @@ SIZES = {
     "tiny": (6, 192, 3),
     "S": (12, 384, 6),
     "B": (12, 768, 12),
-    "L": (24, 1024, 16),
+    "L": (22, 1024, 16),
     "XL": (26, 1152, 16),
 }
 
@@ -31,11 +31,12 @@ class Model:
     inject_after: int | None = None  # intermediate, hybrid: the head sits after this block; None is half the depth
     head_width: int | None = None  # base channels of the head; None is the head's own default
     head_depth: int | None = None  # stages (U-Net) or blocks (the others); None is the head's own default
-    head_pool: str = "avg"  # U-Net: avg | max
-    head_upsample: str = "nearest"  # U-Net: nearest | bilinear
+    # The authors' U-Net has the first of each; the others are what the demo and the small-scale experiments were made with.
+    head_pool: str = "max"  # U-Net: max | avg
+    head_upsample: str = "transposed"  # U-Net: transposed (a 2x2 convolution of stride 2) | nearest
+    head_feature: str = "silu"  # what the U-Net reads of the backbone: silu (SiLU(t_emb + s)) | raw (s)
     head_init: str = "fan_in"  # how the U-Net's convolutions start: fan_in (variance 1 / (3 fan-in)) | he (2 / fan-in)
-    head_zero_init: bool = True  # the head's last layer starts at zero
-    head_feature: str = "raw"  # what the U-Net reads of the backbone: raw (s) | silu (SiLU(t_emb + s))
+    head_zero_init: bool | None = None  # the head's last layer starts at zero; None: the U-Net's does not, the others' do
     position: str = "rope"  # how tokens know their place: rope | rope+sincos (DiT's fixed table joins the embedded patches)
     label_std: float = 0.02  # standard deviation at the start of the label table
     prediction: str = "v"  # what the network says: v | x | eps; loss and sampling convert it to the velocity
@@ -78,7 +79,7 @@ class Model:
         if not 1 <= self.inject_after <= self.depth:
             raise UserError(f"model.inject_after={self.inject_after} must lie in 1..model.depth={self.depth}")
         one_of("model.head_pool", self.head_pool, ("avg", "max"))
-        one_of("model.head_upsample", self.head_upsample, ("nearest", "bilinear"))
+        one_of("model.head_upsample", self.head_upsample, ("transposed", "nearest"))
         one_of("model.head_init", self.head_init, ("fan_in", "he"))
         one_of("model.head_feature", self.head_feature, ("raw", "silu"))
         one_of("model.position", self.position, ("rope", "rope+sincos"))

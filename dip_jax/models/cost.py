@@ -1,7 +1,8 @@
 """What a model costs: multiply-adds of the forward pass, counted by hand, and the activations that the backward pass reads.
 
 XLA's own count takes a scanned block once, so MFU is computed from this one. FLOPs are 2 per multiply-add, matrix products and
-convolutions only; the U-Net is counted as it runs (folded, `models/folding.py`).
+convolutions only; the U-Net is counted as it runs on many patches at once (`models/folding.py`), the composing of its kernels
+left out.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from dip_jax import config
 from dip_jax.models import folding
-from dip_jax.models.detailers import unet_depth
+from dip_jax.models.detailers import CONTEXT, unet_depth
 
 
 def forward_flops(model: config.Model) -> dict[str, int]:
@@ -52,10 +53,7 @@ def _unet(model: config.Model, patches: int) -> int:
     for i, width in enumerate(widths):
         side, features = p // 2**i, widths[max(i - 1, 0)]
         low = side // 2
-        if model.head_upsample == "bilinear":
-            count += _convolution(side, width, features)
-        else:
-            count += (low * low * side * side if low <= folding.DENSE_SIDE else 16 * low * low) * width * features
+        count += (low * low * side * side if low <= folding.DENSE_SIDE else 16 * low * low) * width * features
         count += _convolution(side, width, features)
     return patches * (count + p * p * base * 3)
 
@@ -74,10 +72,11 @@ def _coordinate_mlp(model: config.Model, patches: int) -> int:
 
 
 def _attention(model: config.Model, patches: int) -> int:
-    w, d, area = model.head_width or 64, model.width, model.patch_size**2
-    block = 6 * d * w + area * (4 * w * w + 3 * w * int(8 * w / 3)) + 2 * area * area * w
-    patch = 3 * area * d + (model.head_depth or 2) * block + 2 * d * w + area * w * (6 + 3)
-    return patches * patch + 2 * d * d
+    w, area = model.head_width or 64, model.patch_size**2
+    cross = 2 * area * w * w + CONTEXT * 2 * w * w + 2 * area * CONTEXT * w
+    own = 4 * area * w * w + 2 * area * area * w
+    block = cross + own + area * 3 * w * int(8 * w / 3)
+    return patches * (model.width * CONTEXT * w + (model.head_depth or 2) * block + 2 * area * w * 3)
 
 
 # Multiply-adds of a head over all patches of one image; a row for every row of `models.detailers.HEADS`.

@@ -13,7 +13,7 @@ from jax import lax
 from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.models import folding
-from dip_jax.models.layers import INITS, Block, Linear, RMSNorm, layer_norm, modulate, named
+from dip_jax.models.layers import INITS, Linear, RMSNorm, SwiGLU, named, normal, unstack
 
 
 class Conv(nn.Module):
@@ -42,9 +42,10 @@ def unet_depth(model: config.Model) -> int:
 class UNet(nn.Module):
     """The convolutional U-Net, the paper's choice: `head_depth` stages of width head_width * (1, 2, 4, 8).
 
-    Down: conv 3x3, SiLU, 2x pool. Bottleneck: concat s, conv 1x1, SiLU. Up: 2x upsample, concat the activation from before the
-    pool of that resolution, conv 3x3, SiLU. Last: conv 1x1. Parameters are those of this plain network; what runs is an exact
-    rewrite of it (`models/folding.py`) in which nothing is upsampled, concatenated or broadcast.
+    Down: conv 3x3, SiLU, 2x pool. Bottleneck: concat SiLU(t_emb + s), conv 1x1, SiLU. Up: transposed conv 2x2 of stride 2,
+    concat the activation from before the pool of that resolution, conv 3x3, SiLU. Last: conv 1x1. Defaults: the authors' own.
+    Parameters are those of this plain form; what runs is an exact rewrite of it (`models/folding.py`) in which nothing is
+    concatenated or broadcast, and nothing upsampled where there is enough to do.
     """
 
     config: config.Model
@@ -71,10 +72,14 @@ class UNet(nn.Module):
         for i in reversed(range(depth)):
             kernel, bias = Conv((3, 3), 2 * widths[i], widths[max(i - 1, 0)], init=model.head_init, name=f"up_{i}")()
             of_below, of_skip = kernel[:, :, : widths[i]], kernel[:, :, widths[i] :]
-            below = folding.convolve_upsampled(x, of_below, method=model.head_upsample)
+            if model.head_upsample == "transposed":
+                lift = Conv((2, 2), widths[i], widths[i], init=model.head_init, name=f"upsample_{i}")()
+                below = folding.convolve_transposed(x, *lift, of_below)
+            else:
+                below = folding.convolve_upsampled(x, of_below)
             x = nn.silu(below + folding.convolve(skips[i], of_skip) + _row(bias, x))
 
-        kernel, bias = Conv((), base, 3, init=_last(model), name="out")()
+        kernel, bias = Conv((), base, 3, init="zeros" if model.head_zero_init else "fan_in", name="out")()
         return _product(x, kernel) + _row(bias, x)
 
 
@@ -102,7 +107,8 @@ class MLP(nn.Module):
 
 
 def _last(model: config.Model) -> str:
-    return "zeros" if model.head_zero_init else "fan_in"
+    """How the last layer of the heads other than the U-Net starts: at zero unless told otherwise."""
+    return "fan_in" if model.head_zero_init is False else "zeros"
 
 
 def dct_basis(patch_size: int, frequencies: int = 8) -> np.ndarray:
@@ -156,11 +162,49 @@ class CoordinateMLP(nn.Module):
         return Linear((3,), ("head_in", "head_out"), init=_last(model), dtype=dtype, name="out")(x).reshape(p.shape)
 
 
-class IntraPatchAttention(nn.Module):
-    """A small transformer on the P^2 pixels of the patch: `head_depth` (2) DiT blocks of `head_width` (64), conditioned on s.
+CONTEXT = 64  # tokens that the attention head makes of a feature
 
-    The paper gives only its size (630M in all). Here s reaches the pixels twice: through LayerNorm, adaLN by t_emb and a linear
-    map it becomes a coarse patch that joins the noisy pixels, and SiLU(t_emb + s) modulates every block.
+
+class PixelAttention(nn.Module):
+    """Attention of x [A, W] to `context` [M, W], RMSNorm on q and k per head; [A, W]."""
+
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        width, kind = x.shape[-1], {"dtype": self.dtype}
+        q = Linear((width,), ("head_in", "head_out"), bias=False, name="q", **kind)(x)
+        kv = Linear((2, width), ("head_in", None, "head_out"), bias=False, name="kv", **kind)(context)
+        q, k, v = (part.reshape(len(part), self.num_heads, -1) for part in (q, *unstack(kv, -2)))
+        q, k = RMSNorm(name="q_norm")(q).astype(self.dtype), RMSNorm(name="k_norm")(k).astype(self.dtype)
+        y = jax.nn.dot_product_attention(q, k, v, implementation="xla")  # softmax in float32
+        return Linear((width,), ("head_in", "head_out"), name="proj", **kind)(y.reshape(x.shape))
+
+
+class PixelBlock(nn.Module):
+    """x [P^2, W] + cross-attention to the context [M, W] + self-attention + SwiGLU, each after an RMSNorm."""
+
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        def normed(name: str) -> jax.Array:
+            return RMSNorm(name=name)(x).astype(self.dtype)
+
+        x = x + PixelAttention(self.num_heads, self.dtype, name="cross")(normed("norm_cross"), context)
+        own = normed("norm_self")
+        x = x + PixelAttention(self.num_heads, self.dtype, name="self")(own, own)
+        return x + SwiGLU(dtype=self.dtype, name="mlp")(normed("norm_mlp"))
+
+
+class IntraPatchAttention(nn.Module):
+    """A small transformer on the P^2 pixels of the patch: `head_depth` (2) blocks of `head_width` (64).
+
+    As the paper draws it (third version, Figure 13c): pixels with learnable positions, cross-attention to s, self-attention.
+    Its widths are not printed, only 630M parameters in all. To one token attention would be a constant, so SiLU(t_emb + s) is
+    mapped to CONTEXT tokens here, which is where the head's parameters are.
     """
 
     config: config.Model
@@ -168,18 +212,14 @@ class IntraPatchAttention(nn.Module):
     @nn.compact
     def __call__(self, p: jax.Array, s: jax.Array, t_emb: jax.Array) -> jax.Array:
         model, dtype = self.config, jnp.dtype(self.config.dtype)
-        width, grid = model.head_width or 64, p.shape[:2]
-        t = nn.silu(t_emb.astype(jnp.float32))
-        shift, scale = Linear((2, model.width), ("embed", None, "head_out"), dtype=dtype, name="coarse_modulation")(t)
-        coarse = modulate(layer_norm(s), shift, scale)
-        coarse = Linear((p.size,), ("embed", "head_out"), dtype=dtype, name="coarse")(coarse).reshape(-1, 3)
-        condition = nn.silu(t_emb.astype(jnp.float32) + s.astype(jnp.float32)).astype(dtype)[None, :]
-        x = jnp.concatenate([p.reshape(-1, 3).astype(dtype), coarse], axis=-1)
-        x = Linear((width,), ("head_in", "head_out"), dtype=dtype, name="embed")(x)
+        width = model.head_width or 64
+        condition = nn.silu(t_emb.astype(jnp.float32) + s.astype(jnp.float32)).astype(dtype)
+        context = Linear((CONTEXT, width), ("embed", None, "head_out"), dtype=dtype, name="context")(condition)
+        x = Linear((width,), ("head_in", "head_out"), dtype=dtype, name="embed")(p.reshape(-1, 3).astype(dtype))
+        x = x + self.param("positions", named(normal(0.02), (None, "head_out")), x.shape).astype(dtype)
         for i in range(model.head_depth or 2):
-            x = Block(max(width // 64, 1), grid, "xla", dtype=dtype, name=f"block_{i}")(x, condition)
-        modulation = Linear((2, width), ("embed", None, "head_out"), dtype=dtype, name="modulation")(condition)
-        x = modulate(layer_norm(x), modulation[:, 0], modulation[:, 1])
+            x = PixelBlock(max(width // 64, 1), dtype, name=f"block_{i}")(x, context)
+        x = RMSNorm(name="norm")(x)
         return Linear((3,), ("head_in", "head_out"), init=_last(model), dtype=dtype, name="out")(x).reshape(p.shape)
 
 
@@ -197,8 +237,8 @@ def check_head(model: config.Model) -> None:
     """Refuses a head that cannot be built.
 
     Raises:
-        UserError: for a name that is not in HEADS, a U-Net deeper than the patch allows, or an attention head whose width no
-            2-D RoPE fits.
+        UserError: for a name that is not in HEADS, a U-Net deeper than the patch allows, or an attention head whose width its
+            heads do not divide.
     """
     if model.head not in HEADS:
         raise UserError(f"model.head={model.head!r} is unknown: it is one of {', '.join(HEADS)}")
@@ -210,6 +250,5 @@ def check_head(model: config.Model) -> None:
                 f"{2 ** max(depth, 1)}: use fewer stages or another patch size"
             )
     width = model.head_width or 64
-    heads = max(width // 64, 1)
-    if model.head == "attention" and (width % heads or width // heads % 4):
-        raise UserError(f"model.head_width={width} does not fit model.head=attention: use a multiple of 64, or of 4 below 64")
+    if model.head == "attention" and width % max(width // 64, 1):
+        raise UserError(f"model.head_width={width} does not fit model.head=attention: use a multiple of 64, or less")

@@ -1,15 +1,20 @@
-"""Exact rewrites of 3x3 convolutions on small maps, for one patch x [r, r, I]; kernels are ordinary [3, 3, I, O].
+"""Exact rewrites of the U-Net's convolutions on small maps, for one patch x [r, r, I]; kernels are the plain network's.
 
 Sums are only reordered, so values agree with the plain form to float32 rounding, gradients too:
-    convolve(x, k)                      = conv3x3(x, k), zero padding 1                                   (1)
-    convolve_upsampled(x, k, nearest)   = conv3x3(upsample2(x), k): one 2x2 conv per output parity        (2)
-    conv3x3(concat[a, b], [k_a; k_b])   = conv3x3(a, k_a) + conv3x3(b, k_b): the caller never concatenates (3)
-On maps up to 2x2 both are one dense product over all positions, where convolutions run at a twentieth of the speed.
-How many patches are folded into one convolution is `count_groups`, the only thing that differs between backends.
+    convolve(x, k)                  = conv3x3(x, k), zero padding 1                                         (1)
+    convolve_upsampled(x, k)        = conv3x3(upsample2(x), k): one 2x2 convolution per output parity       (2)
+    convolve_transposed(x, u, b, k) = conv3x3(lift(x, u) + b, k), lift the transposed convolution of stride 2
+                                    = such 2x2 convolutions with composed kernels, plus a constant map      (3)
+    conv3x3(concat[a, b], [k_a; k_b]) = conv3x3(a, k_a) + conv3x3(b, k_b): the caller never concatenates    (4)
+Along one axis both (2) and (3) are a transposed convolution of stride 2 with a kernel e of four taps, e[m] being read by output
+2 i + m - 1 of input i. On maps up to 2x2 everything is one dense product over all positions, where convolutions run at a
+twentieth of the speed. Kernels are composed in float32 and converted once.
+What depends on how much there is to do is decided here: `composes`, and `count_groups`, which only a CPU has.
 """
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 
 import jax
@@ -22,22 +27,25 @@ DENSE_SIDE = 2  # largest input map that is multiplied densely
 GROUP_BYTES = 8 * 2**20  # of the widest activation of a group: about what a CPU caches
 MOST_GROUPS = 8  # every group is compiled on its own, and its gradients of the kernels are added up
 LAYOUT = ("NHWC", "HWIO", "NHWC")
+AXES = ("images", "patches")  # names of the two axes that a head is mapped over
 
-# Along one axis, parity a of the output meets the taps (0, 1, 2) merged into two: rows are the two merged taps.
-_PARITY_TAPS = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
+Taps = tuple[tuple[tuple[int, ...], ...], ...]  # [p, q, L] of zeros and ones; a tuple, so that it can be a static argument
 
-Taps = tuple[tuple[tuple[int, ...], ...], ...]  # [p, q, 3] of zeros and ones; a tuple, so that it can be a static argument
+# Which taps m of e a parity a of the output reads, in order of the inputs that they meet.
+_PARITY: Taps = tuple(tuple(tuple(int(m == tap) for m in range(4)) for tap in taps) for taps in ((3, 1), (2, 0)))
+# Which of its taps m a pair of (parity that the input is lifted to, tap of the 3x3 kernel) adds to: [1, m, (parity, tap)].
+_LIFTED: Taps = (tuple(tuple(int(a - tap + 2 == m) for a in (0, 1) for tap in range(3)) for m in range(4)),)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _combine(kernel: jax.Array, chosen: Taps) -> jax.Array:
-    """kernel [3, ...], chosen [p, q, 3] of zeros and ones -> [p, q, ...]: the sums of the chosen taps.
+    """kernel [L, ...], chosen [p, q, L] of zeros and ones -> [p, q, ...]: the sums of the chosen taps.
 
     Made of slices and sums, but differentiated as a product: on a CPU each is the quicker of the two (`docs/performance.md`).
     """
 
     def add(taps: tuple[int, ...]) -> jax.Array:
-        return functools.reduce(jnp.add, [kernel[a] for a in range(3) if taps[a]] or [jnp.zeros_like(kernel[0])])
+        return functools.reduce(jnp.add, [kernel[a] for a, one in enumerate(taps) if one] or [jnp.zeros_like(kernel[0])])
 
     return jnp.stack([jnp.stack([add(taps) for taps in row]) for row in chosen])
 
@@ -48,24 +56,33 @@ def _combine_jvp(chosen: Taps, kernel: tuple[jax.Array], tangent: tuple[jax.Arra
     return _combine(*kernel, chosen), jnp.tensordot(weights, *tangent, axes=1, precision=lax.Precision.HIGHEST)
 
 
+def _both(kernel: jax.Array, chosen: Taps) -> jax.Array:
+    """`_combine` along both axes: kernel [L, L, I, O], chosen [p, q, L] -> [p, q, p, q, I, O], rows first."""
+    rows = _combine(kernel, chosen)  # [p, q, L, I, O]
+    return _combine(jnp.moveaxis(rows, 2, 0), chosen).transpose(2, 3, 0, 1, 4, 5)
+
+
 @functools.cache
-def _selection(side: int, scale: int) -> Taps:
-    """S[i, k, a] = 1 where tap a of output row k reads input row i, for an input of `side` rows upsampled by `scale`."""
-    out = side * scale
+def _reads(side: int, *, stride: int) -> Taps:
+    """[i, k, m]: 1 where output row k meets tap m at input row i; stride 1: a 3x3 kernel, stride 2: e."""
+    first = -1  # of the taps, as an offset of the output
+    taps = 3 if stride == 1 else 4
 
-    def reads(i: int, k: int, a: int) -> bool:
-        return 0 <= k + a - 1 < out and (k + a - 1) // scale == i
+    def met(i: int, k: int, m: int) -> bool:
+        return i - k == m + first if stride == 1 else k - 2 * i == m + first
 
-    return tuple(tuple(tuple(int(reads(i, k, a)) for a in range(3)) for k in range(out)) for i in range(side))
+    return tuple(tuple(tuple(int(met(i, k, m)) for m in range(taps)) for k in range(side * stride)) for i in range(side))
 
 
-def _dense(x: jax.Array, kernel: jax.Array, scale: int) -> jax.Array:
-    side, out, features = x.shape[0], x.shape[0] * scale, kernel.shape[-1]
-    chosen = _selection(side, scale)
-    rows = _combine(kernel, chosen)  # [i, k, b, I, O]
-    matrix = _combine(jnp.moveaxis(rows, 2, 0), chosen)  # [j, l, i, k, I, O]
-    matrix = matrix.transpose(2, 0, 4, 3, 1, 5).reshape(x.size, out * out * features)
-    return (x.reshape(-1) @ matrix.astype(x.dtype)).reshape(out, out, features)
+def _matrix(kernel: jax.Array, side: int, *, stride: int = 1) -> jax.Array:
+    """The dense form on a map of this side: [(i, j, I), (k, l, O)]."""
+    whole = _both(kernel, _reads(side, stride=stride))  # [i, k, j, l, I, O]
+    inputs, outputs = side * side * kernel.shape[2], (side * stride) ** 2 * kernel.shape[3]
+    return whole.transpose(0, 2, 4, 1, 3, 5).reshape(inputs, outputs)
+
+
+def _dense(x: jax.Array, matrix: jax.Array, side: int) -> jax.Array:
+    return (x.reshape(-1) @ matrix.astype(x.dtype)).reshape(side, side, -1)
 
 
 def _conv(x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
@@ -75,39 +92,90 @@ def _conv(x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], tuple
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Equation (1): x [r, r, I], kernel [3, 3, I, O] -> [r, r, O]."""
     if x.shape[0] <= DENSE_SIDE:
-        return _dense(x, kernel, 1)
+        return _dense(x, _matrix(kernel, x.shape[0]), x.shape[0])
     return _conv(x, kernel, ((1, 1), (1, 1)))
 
 
-def convolve_upsampled(x: jax.Array, kernel: jax.Array, *, method: str) -> jax.Array:
-    """Equation (2): x [r, r, I], kernel [3, 3, I, O] -> [2r, 2r, O]; `method` is nearest or bilinear (half-pixel centres)."""
+def _stretch(x: jax.Array, e: jax.Array) -> jax.Array:
+    """The transposed convolution of stride 2 with e [4, 4, I, O]: x [r, r, I] -> [2r, 2r, O]."""
     side = x.shape[0]
-    if method == "bilinear":
-        return convolve(jax.image.resize(x, (2 * side, 2 * side, x.shape[-1]), "bilinear"), kernel)
     if side <= DENSE_SIDE:
-        return _dense(x, kernel, 2)
-    rows = _combine(kernel, _PARITY_TAPS)  # [p, t, b, I, O]
-    merged = _combine(jnp.moveaxis(rows, 2, 0), _PARITY_TAPS).transpose(2, 0, 3, 1, 4, 5)  # [p, q, t, u, I, O]
-    parts = [[_conv(x, merged[a, b], ((1 - a, a), (1 - b, b))) for b in (0, 1)] for a in (0, 1)]
+        return _dense(x, _matrix(e, side, stride=2), 2 * side)
+    merged = _both(e, _PARITY)  # [a, t, b, u, I, O]
+    parts = [[_conv(x, merged[a, :, b], ((1 - a, a), (1 - b, b))) for b in (0, 1)] for a in (0, 1)]
     rows = [jnp.stack(row, axis=2) for row in parts]  # [r, r, 2, O]: columns interleave
-    return jnp.stack(rows, axis=1).reshape(2 * side, 2 * side, kernel.shape[-1])
+    return jnp.stack(rows, axis=1).reshape(2 * side, 2 * side, e.shape[-1])
+
+
+def convolve_upsampled(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Equation (2), nearest neighbours: x [r, r, I], kernel [3, 3, I, O] -> [2r, 2r, O]."""
+    copied = jnp.concatenate([kernel, kernel])  # [(a, tap), 3, I, O]: each output parity copies the input
+    rows = _combine(copied, _LIFTED)[0]  # [m, 3, I, O]
+    columns = jnp.moveaxis(rows, 1, 0)
+    return _stretch(x, jnp.moveaxis(_combine(jnp.concatenate([columns, columns]), _LIFTED)[0], 0, 1))
+
+
+def composes(side: int, fan_in: int, features: int, *, patches: int) -> bool:
+    """Whether (3) takes fewer multiply-adds with a composed kernel than in the plain order, for so many patches at once."""
+    c, o, dense = fan_in, features, side == 1
+    plain = patches * side**2 * (4 * c * c + (16 if dense else 36) * c * o)
+    composed = patches * side**2 * (4 if dense else 16) * c * o + (16 if dense else 36) * c * c * o
+    return composed < plain
+
+
+def convolve_transposed(x: jax.Array, up: jax.Array, bias: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Equation (3): x [r, r, C], up [2, 2, C, C], bias [C], kernel [3, 3, C, O] -> [2r, 2r, O].
+
+    `up[a, b]` is the matrix between input (i, j) and output (2 i + a, 2 j + b).
+    """
+    side, c, o = x.shape[0], x.shape[-1], kernel.shape[-1]
+    exact = {"precision": lax.Precision.HIGHEST}
+    lifted = up.transpose(2, 0, 1, 3)  # [C, a, b, C]
+    if not composes(side, c, o, patches=patches_at_once()):
+        y = lax.dot_general(x, lifted.astype(x.dtype), (((2,), (0,)), ((), ())))  # [r, r, a, b, C]
+        y = y.transpose(0, 2, 1, 3, 4).reshape(2 * side, 2 * side, c) + bias.astype(x.dtype)[None, None]
+        return convolve(y, kernel)
+    if side == 1:  # of e a single input meets the four middle taps alone
+        below = jnp.matmul(lifted.reshape(c, 4 * c), _matrix(kernel, 2), **exact)
+        return _dense(x, below, 2) + _constant(bias, kernel, 2).astype(x.dtype)
+    made = jnp.tensordot(up, kernel, axes=((3,), (2,)), **exact)  # [a, b, C, 3, 3, O]
+    made = made.transpose(0, 3, 1, 4, 2, 5).reshape(6, 6, c, o)
+    columns = _combine(jnp.moveaxis(_combine(made, _LIFTED)[0], 1, 0), _LIFTED)[0]
+    return _stretch(x, jnp.moveaxis(columns, 0, 1)) + _constant(bias, kernel, 2 * side).astype(x.dtype)
+
+
+def _constant(bias: jax.Array, kernel: jax.Array, side: int) -> jax.Array:
+    """conv3x3 of a map of this side that is `bias` [C] everywhere: [side, side, O], other at the border than within."""
+    per_tap = jnp.tensordot(bias, kernel, axes=((0,), (2,)), precision=lax.Precision.HIGHEST)  # [3, 3, O]
+    inside: Taps = (tuple(tuple(int(0 <= k + tap - 1 < side) for tap in range(3)) for k in range(side)),)
+    rows = _combine(per_tap, inside)[0]  # [side, 3, O]
+    return jnp.moveaxis(_combine(jnp.moveaxis(rows, 1, 0), inside)[0], 0, 1)
 
 
 def _average(x: jax.Array) -> jax.Array:
-    return jnp.mean(_windows(x), axis=(1, 3))
+    side = x.shape[0] // 2
+    return jnp.mean(x.reshape(side, 2, side, 2, x.shape[-1]), axis=(1, 3))
 
 
 def _maximum(x: jax.Array) -> jax.Array:
-    return jnp.max(_windows(x), axis=(1, 3))
-
-
-def _windows(x: jax.Array) -> jax.Array:
+    """Of equals the first in reading order has the whole gradient, as in PyTorch; `jnp.max` would share it out."""
     side = x.shape[0] // 2
-    return x.reshape(side, 2, side, 2, x.shape[-1])
+    rows = x.reshape(side, 2, side, 2, x.shape[-1])
+    columns = jnp.where(rows[:, :, :, 0] < rows[:, :, :, 1], rows[:, :, :, 1], rows[:, :, :, 0])
+    return jnp.where(columns[:, 0] < columns[:, 1], columns[:, 1], columns[:, 0])
 
 
 # 2x2 pooling, x [r, r, C] -> [r/2, r/2, C], as reshapes: `reduce_window` has a gradient three times slower.
 POOLS = {"avg": _average, "max": _maximum}
+
+
+def patches_at_once() -> int:
+    """Over how many patches the head that is being traced is mapped, on each device; 1 where it is not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    try:
+        return max(lax.axis_size(AXES) // math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp")), 1)
+    except NameError:
+        return 1
 
 
 def count_groups(model: config.Model, *, images: int, patches: int) -> int:

@@ -36,8 +36,9 @@ class MappedHead(nn.Module):
         if self.config.head_remat:
             head = nn.remat(head)
         shared = {"variable_axes": {"params": None}, "split_rngs": {"params": False}}
-        over_patches = nn.vmap(head, in_axes=(0, 0, None), **shared)
-        self.mapped = nn.vmap(over_patches, in_axes=(0, 0, 0), **shared)(self.config)
+        images, patches = folding.AXES
+        over_patches = nn.vmap(head, in_axes=(0, 0, None), axis_name=patches, **shared)
+        self.mapped = nn.vmap(over_patches, in_axes=(0, 0, 0), axis_name=images, **shared)(self.config)
         nn.share_scope(self, self.mapped)  # no extra level in the parameter tree
 
     def __call__(self, p: jax.Array, s: jax.Array, t_emb: jax.Array) -> jax.Array:

@@ -201,10 +201,28 @@ def test_conditions_matter_and_labels_beyond_the_null_class_are_loud():
 
 
 @pytest.mark.parametrize(("head", "place"), COMBINATIONS)
-def test_first_prediction_is_zero(head, place):
+def test_first_prediction_is_zero_but_for_the_u_net(head, place):
+    """The authors do not zero the U-Net's last layer; where it sits amid the blocks, the DiT's final layer, which is zero, comes last."""
     model = small(head=head, placement=place)
     params = jax.jit(model.init)(jax.random.key(0))
-    assert not np.any(jax.jit(model.apply)(params, *batch()))
+    first = jax.jit(model.apply)(params, *batch())
+    assert bool(np.any(first)) == (head == "unet" and place != "intermediate")
+    assert np.std(first) < 1
+
+
+def test_any_head_can_start_at_zero_or_not():
+    for head, zero in (("unet", True), ("mlp", False)):
+        params = jax.jit(small(head=head, head_zero_init=zero).init)(jax.random.key(0))
+        assert bool(np.any(params["head"]["out"]["kernel"])) != zero
+
+
+def test_transposed_convolutions_start_as_pytorch_starts_them():
+    """U(+-1/sqrt(fan_in)) with fan_in = 4 x the output channels."""
+    params = jax.jit(small(head="unet", head_width=32).init)(jax.random.key(0))
+    for i, width in enumerate((32, 64)):
+        lift, bound = params["head"][f"upsample_{i}"], 1 / np.sqrt(4 * width)
+        assert lift["kernel"].shape == (2, 2, width, width)
+        assert 0.98 * bound < np.abs(lift["kernel"]).max() <= bound and 0.8 * bound < np.abs(lift["bias"]).max() <= bound
 
 
 def test_initial_values_follow_the_recipe():

@@ -25,11 +25,12 @@ COUNTS = {
     "26 x 1280": ({"name": "DiT-XL/16", "width": 1280}, 775_539_008),
     "26 x 1536": ({"name": "DiT-XL/16", "width": 1536}, 1_115_891_328),
     "MLP": ({"head": "mlp"}, 630_184_992),
-    "attention, 2 blocks": ({"head": "attention"}, 629_695_779),
-    "attention, 3 blocks": ({"head": "attention", "head_depth": 3}, 630_187_875),
+    "attention, 2 blocks": ({"head": "attention"}, 629_892_899),
+    "attention, 3 blocks": ({"head": "attention", "head_depth": 3}, 629_958_883),
     "coordinate MLP": ({"head": "coord_mlp"}, 700_589_219),
-    "U-Net": ({}, 630_595_811),
-    "U-Net, 512": ({"name": "DiP-XL/32", "image_size": 512}, 633_250_019),
+    "U-Net": ({}, 631_989_411),
+    "U-Net, 512": ({"name": "DiP-XL/32", "image_size": 512}, 634_643_619),
+    "U-Net, large": ({"name": "DiP-L/16"}, 425_424_387),
 }
 
 
@@ -61,11 +62,11 @@ def test_parameter_counts_are_those_of_the_paper(row):
     assert count(shapes(**model)) == expected
 
 
-def test_the_head_is_a_third_of_a_percent():
+def test_the_head_adds_half_a_percent():
     tree = shapes()
-    assert count(tree["head"]) == 5_574_467
+    assert count(tree["head"]) == 6_968_067
     growth = count(tree) / count(shapes(head="none")) - 1
-    assert round(100 * growth, 3) == 0.323
+    assert round(100 * growth, 3) == 0.545
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -86,6 +87,7 @@ def test_unet_depth_and_width_sweep(depth, width):
     expected = sum(9 * a * b + b for a, b in zip([3, *widths], widths, strict=False))
     expected += (widths[-1] + d + 1) * widths[-1]
     expected += sum(9 * 2 * b * a + a for a, b in zip([width, *widths], widths, strict=False))
+    expected += sum(4 * w * w + w for w in widths)
     expected += 3 * width + 3
     assert count(shapes(head_depth=depth, head_width=width)["head"]) == expected
 
