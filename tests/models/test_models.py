@@ -202,7 +202,7 @@ def test_conditions_matter_and_labels_beyond_the_null_class_are_loud():
 
 @pytest.mark.parametrize(("head", "place"), COMBINATIONS)
 def test_first_prediction_is_zero_but_for_the_u_net(head, place):
-    """The authors do not zero the U-Net's last layer; where it sits amid the blocks, the DiT's final layer, which is zero, comes last."""
+    """The authors do not zero the U-Net's last layer; amid the blocks the DiT's own final layer, which is zero, comes last."""
     model = small(head=head, placement=place)
     params = jax.jit(model.init)(jax.random.key(0))
     first = jax.jit(model.apply)(params, *batch())
