@@ -15,6 +15,13 @@ PUBLISHED = {
 }
 
 
+_NAME = "dinov2_vitb14_pretrain.pth"
+WHAT_IT_IS = (
+    "representation alignment needs the weights of its teacher, DINOv2 ViT-B/14: "
+    f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/{_NAME}, {PUBLISHED[_NAME][0]} bytes, SHA-256 {PUBLISHED[_NAME][1]}"
+)
+
+
 def load_teacher(path: epath.PathLike) -> tuple[DinoV2, Params]:
     """The network and its parameters (float32, in host memory); nothing that the file pickles is executed.
 
@@ -25,12 +32,7 @@ def load_teacher(path: epath.PathLike) -> tuple[DinoV2, Params]:
         UserError: the file is missing (what it is, and where it is to be had), unreadable, or holds another network.
     """
     if not epath.Path(path).is_file():
-        name = "dinov2_vitb14_pretrain.pth"
-        size, digest = PUBLISHED[name]
-        raise UserError(
-            f"{path}: no such file. Representation alignment needs the weights of its teacher, DINOv2 ViT-B/14: "
-            f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/{name}, {size} bytes, SHA-256 {digest}"
-        )
+        raise UserError(f"{path}: no such file; {WHAT_IT_IS}")
     tensors = read_tensors(path)
     try:
         return from_torch(tensors)

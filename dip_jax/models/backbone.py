@@ -83,8 +83,8 @@ def run_blocks(
 ) -> jax.Array:
     """Equation (2) for `length` blocks: tokens [B, N, D] -> [B, N, D]; called inside the network's compact method.
 
-    The parameters carry a leading "layers" axis whether `scan_layers` compiles one block or unrolls them all. `first` blocks lie
-    before these; `tap` takes tokens from among them without a change to the parameters.
+    The parameters carry a leading "layers" axis whether `scan_layers` compiles one block or unrolls them all. `first` blocks
+    lie before these; `tap` takes tokens from among them without a change to the parameters.
     """
     tapped = tap is not None and first < tap.after <= first + length
     scanned = nn.scan(
