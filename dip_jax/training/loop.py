@@ -6,6 +6,7 @@ Saving, sampling and evaluating every so many steps; stopping when a signal asks
 import contextlib
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -41,13 +42,15 @@ class Run:
         self._open_data(found, salt=found.record.data["salt"] if found else 0)
         self._model = dip.from_config(config.model)
         self._showing = showing.Show(config, self._model, self._mesh, self._dataset.classes)
-        self._alignment, frozen = distributed.on_all(lambda: repa.open_alignment(config.repa, config.model))
+        known = found.record.data.get("teacher") if found else None
+        self._teacher = distributed.on_all(lambda: repa.open_teacher(config.repa, config.model, known=known))
+        self._alignment = self._teacher.alignment if self._teacher else None
         self._optimizer = optim.make_optimizer(config.optim, total_steps=config.train.steps)
         self._backbone = None if found else self._read_backbone()
         self._watchdog.beat(patience=_PATIENCE)
         aligned = {"alignment": self._alignment}
         self._shardings = state.state_shardings(self._model, self._optimizer, self._mesh, zero1=config.mesh.zero1, **aligned)
-        self._frozen, places = repa.place_frozen(frozen, self._mesh)
+        places = self._place_teacher()
         self._train_step = step.compile_train_step(
             self._model,
             self._optimizer,
@@ -64,6 +67,15 @@ class Run:
         if distributed.is_main():
             storage.write_text(self._workdir / "config.json", json.dumps(to_dict(config), indent=1))
         self._start_from(found)
+
+    def _place_teacher(self) -> Any:
+        """Puts the teacher on the devices, as the step's last argument where there is one, and returns its shardings."""
+        self._frozen: tuple[Params, ...] = ()
+        if self._teacher is None:
+            return None
+        places = jax.tree.map(lambda a: a.sharding, repa.abstract_teacher(self._alignment, self._mesh))
+        self._frozen = (jax.device_put(self._teacher.params, places),)
+        return places
 
     def _open_data(self, found: checkpoint.Found | None, *, salt: int) -> None:
         config = self._config
@@ -101,7 +113,8 @@ class Run:
         self._pending = None
         if found:
             target = state.abstract_state(self._model, self._optimizer, self._shardings, alignment=self._alignment)
-            self._state = self._checkpoints.restore(found, target)
+            dropped = found.record.config.repa.weight and not self._alignment
+            self._state = self._checkpoints.restore(found, target, partial=bool(dropped))
             distributed.say(f"going on from step {found.step} of {self._workdir}")
         else:
             self._state = state.init_sharded(
@@ -219,7 +232,8 @@ class Run:
                     code=Exit.NUMERIC_ABORT,
                 )
             replaced = self._count_replaced(self._batches.replaced)
-            record = checkpoint.Record(self._config, self._identity, self._watch.skipped, replaced)
+            origin = self._identity | ({"teacher": self._teacher.digest} if self._teacher else {})
+            record = checkpoint.Record(self._config, origin, self._watch.skipped, replaced)
             self._checkpoints.save(self._step, self._state, record)
 
     def _show(self, *, owed: bool = False) -> None:

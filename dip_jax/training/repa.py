@@ -10,11 +10,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from dip_jax import config
 from dip_jax.checkpoints import teacher
 from dip_jax.errors import UserError
+from dip_jax.metrics.image_sets import file_digest
 from dip_jax.models import alignment, dinov2
 from dip_jax.runtime import sharding
 from dip_jax.typing import Images, Params, PRNGKey, Tokens
@@ -61,18 +63,41 @@ def align(options: config.Repa, model: config.Model, encoder: dinov2.DinoV2 = AS
     return Alignment(options, encoder, projector)
 
 
-def open_alignment(options: config.Repa, model: config.Model) -> tuple[Alignment | None, Params | None]:
-    """`align`, and the teacher's parameters from the user's file (float32, in host memory); nothing is compiled.
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The opened file of a run's teacher.
+
+    Attributes:
+        alignment: what the step does with it.
+        params: float32, in host memory.
+        digest: SHA-256 of the file; a checkpoint remembers it, not the weights.
+    """
+
+    alignment: Alignment
+    params: Params
+    digest: str
+
+
+def open_teacher(options: config.Repa, model: config.Model, *, known: str | None = None) -> Teacher | None:
+    """`align`, and the teacher from the user's file; None where the weight is 0. Nothing is compiled.
+
+    Args:
+        known: digest of the file that a checkpoint was trained with.
 
     Raises:
-        UserError: as `align`; or the file is missing or holds no such network.
+        UserError: as `align`; or the file is missing, holds no such network, or is another one than before.
     """
     if align(options, model) is None:
-        return None, None
+        return None
     if not options.encoder:
         raise UserError(f"repa.weight={options.weight} needs repa.encoder: {teacher.WHAT_IT_IS}")
-    encoder, frozen = teacher.load_teacher(options.encoder)
-    return align(options, model, encoder), frozen
+    encoder, params = teacher.load_teacher(options.encoder)
+    digest = file_digest(options.encoder)
+    if known not in (None, digest):
+        raise UserError(
+            f"{options.encoder} has SHA-256 {digest}, and the checkpoint was trained with a teacher of {known}: name that file"
+        )
+    return Teacher(align(options, model, encoder), params, digest)
 
 
 def with_projector(tree: Any, projector: Any) -> dict[str, Any]:
@@ -85,9 +110,9 @@ def without_projector(tree: Any) -> dict[str, Any]:
     return {name: part for name, part in tree.items() if name != PROJECTOR}
 
 
-def place_frozen(frozen: Params | None, mesh: jax.sharding.Mesh) -> tuple[tuple[Params, ...], Any]:
-    """The teacher on the devices, as the last arguments of the step (none where there is no teacher), and its shardings."""
-    if frozen is None:
-        return (), None
-    places = sharding.shardings(mesh, dinov2.logical_axes(), frozen)
-    return (jax.device_put(frozen, places),), places
+def abstract_teacher(alignment: Alignment, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Params:
+    """Shapes and shardings of the teacher's parameters: what the step is compiled for."""
+    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in dinov2.tensor_shapes(alignment.encoder).items()}
+    params = dinov2.from_torch(tensors)[1]
+    places = sharding.shardings(mesh, dinov2.logical_axes(), params)
+    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), params, places)

@@ -54,7 +54,7 @@ class Show:
         labels = np.repeat(np.array(shown, np.int32), _SAMPLES_PER_CLASS)
         return np.asarray(figures.class_grid(figures.Labelled(self._draw(params, labels), labels), self._class_names))
 
-    def metrics(self, params: Params) -> dict[str, float]:
+    def metrics(self, params: Params) -> dict[str, float | int]:
         """Metrics of as many samples as `eval` says, in the main process; the others wait for it and get none."""
         labels = np.arange(self._config.eval.num_samples, dtype=np.int32) % self._config.model.num_classes
         images = image_sets.from_array(self._draw(params, labels), labels)
