@@ -101,7 +101,12 @@ def loss(predict: Predict, batch: Corrupted, *, model: Model) -> Float[Array, ""
     Where x or eps is predicted, prediction and target both become velocities first, with the same floor, so that the
     three kinds differ in what the network outputs and not in what is asked of it (Li and He, "Back to Basics", 2025).
     """
-    said = to_velocity(predict(batch.x_t, batch.t, batch.y), batch.x_t, batch.t, model=model)
+    return error(predict(batch.x_t, batch.t, batch.y), batch, model=model)
+
+
+def error(prediction: Images, batch: Corrupted, *, model: Model) -> Float[Array, ""]:
+    """`loss` of what a network said of the batch."""
+    said = to_velocity(prediction, batch.x_t, batch.t, model=model)
     return jnp.mean(jnp.square(said - to_velocity(batch.target, batch.x_t, batch.t, model=model)))
 
 

@@ -107,17 +107,19 @@ class Checkpoints:
         place = directories.set_aside(self.root, step)
         self._report(f"checkpoint {step} is damaged ({fault}): moved to {place}, trying the one before")
 
-    def restore(self, found: Found, target: Any) -> Any:
+    def restore(self, found: Found, target: Any, *, partial: bool = False) -> Any:
         """Reads the arrays of a found step (5 and 6 of the restore order).
 
         Args:
             found: from `find`.
             target: a `TrainState` of `jax.ShapeDtypeStruct` with shardings, of any mesh.
+            partial: leave out what only the checkpoint has.
 
         Raises:
             UserError: if names, shapes or dtypes differ from the target, listing leaves.
         """
-        return target.replace(**_read(found.path / "state", _state(target)), ema=_read(found.path / "ema", target.ema))
+        state = _read(found.path / "state", _state(target), partial=partial)
+        return target.replace(**state, ema=_read(found.path / "ema", target.ema))
 
     def save(self, step: int, state: Any, record: Record) -> None:
         """Starts a save and returns once the arrays are copied off the devices. Does nothing where the step exists.

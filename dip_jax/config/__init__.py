@@ -12,6 +12,7 @@ from dip_jax.config.flow import Flow
 from dip_jax.config.mesh import Mesh
 from dip_jax.config.model import SIZES, Model
 from dip_jax.config.optim import Optim
+from dip_jax.config.repa import Repa
 from dip_jax.config.sample import Sample
 from dip_jax.config.train import Train
 
@@ -25,6 +26,7 @@ __all__ = [
     "Mesh",
     "Model",
     "Optim",
+    "Repa",
     "Sample",
     "Train",
     "check_key",

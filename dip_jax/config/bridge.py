@@ -17,6 +17,7 @@ from dip_jax.config.flow import Flow
 from dip_jax.config.mesh import Mesh
 from dip_jax.config.model import Model
 from dip_jax.config.optim import Optim
+from dip_jax.config.repa import Repa
 from dip_jax.config.sample import Sample
 from dip_jax.config.train import Train
 from dip_jax.errors import UserError
@@ -28,6 +29,7 @@ class Config:
 
     model: Model = field(default_factory=Model)
     flow: Flow = field(default_factory=Flow)
+    repa: Repa = field(default_factory=Repa)
     optim: Optim = field(default_factory=Optim)
     data: Data = field(default_factory=Data)
     mesh: Mesh = field(default_factory=Mesh)

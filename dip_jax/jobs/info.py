@@ -27,7 +27,7 @@ from dip_jax.errors import UserError
 from dip_jax.models import cost, dip
 from dip_jax.planning import plan, prediction
 from dip_jax.runtime import accelerators, command_line, sharding
-from dip_jax.training import optim, state
+from dip_jax.training import optim, repa, state
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -61,8 +61,8 @@ def describe(config: Config, *, mesh: Mesh) -> dict[str, Any]:
     Returns:
         parameters, flops_per_image: by part, with "total" and "head" always there (flops: forward pass; "head" is all heads
             together) and parameters["growth_over_dit_only"], a fraction; head_share: of each, a fraction; bytes_per_device:
-            params, optimizer, ema, gradients, activations (see `cost.activation_bytes_per_image`) and "total"; mesh: its
-            axes; batch_per_device.
+            params, optimizer, ema, gradients, activations (see `cost.activation_bytes_per_image`), teacher where there is one,
+            and "total"; mesh: its axes; batch_per_device; repa: see `_repa`.
 
     Raises:
         UserError: if the model cannot be built, or the mesh divides the batch or the heads into no whole parts.
@@ -81,6 +81,7 @@ def describe(config: Config, *, mesh: Mesh) -> dict[str, Any]:
     return {
         "parameters": {**parameters, "growth_over_dit_only": growth},
         "flops_per_image": flops,
+        "repa": _repa(config),
         "head_share": {"parameters": parameters["head"] / parameters["total"], "flops": flops["head"] / flops["total"]},
         "bytes_per_device": {**memory, "total": sum(memory.values())},
         "mesh": dict(grid.shape),
@@ -152,6 +153,12 @@ def tables(facts: dict[str, Any]) -> str:
         shares = f"{count / parameters['total']:>9.3%}", f"{work / flops['total']:>9.2%}"
         lines.append(f"{part:<14}{count:>16,}{shares[0]}{work / 1e9:>18.3f}{shares[1]}")
     lines.append(f"parameters over DiT-only: {growth:+.3%}")
+    if of := facts["repa"]:
+        teacher, projector = of["teacher_flops"] / 1e9, of["projector_flops"] / 1e9
+        lines += [
+            f"REPA, weight {of['weight']}: teacher {teacher:.1f}, projector {projector:.1f} GFLOP per image and step "
+            f"({of['share_of_step']:+.1%}); {of['projector_parameters']:,} more parameters while training"
+        ]
     mesh = " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
     lines += ["", f"per device, mesh {mesh}, {facts['batch_per_device']} images at a time:"]
     lines += [f"  {name:<14}{size / 2**30:>10.3f} GiB" for name, size in facts["bytes_per_device"].items()]
@@ -198,9 +205,11 @@ def _abstract(mesh: Mesh) -> AbstractMesh:
 
 def _state_bytes(model: dip.DiP, config: Config, mesh: AbstractMesh, *, zero1: bool) -> dict[str, int]:
     optimizer = optim.make_optimizer(config.optim, total_steps=config.train.steps)
-    abstract = jax.eval_shape(functools.partial(state.create_state, model, optimizer), jax.random.key(0))
+    aligned = {"alignment": repa.align(config.repa, config.model)}
+    abstract = jax.eval_shape(functools.partial(state.create_state, model, optimizer, **aligned), jax.random.key(0))
     with sharding.use_rules(config.mesh.rules):
-        placed = state.state_shardings(model, optimizer, mesh, zero1=zero1)
+        placed = state.state_shardings(model, optimizer, mesh, zero1=zero1, **aligned)
+        teacher = repa.abstract_teacher(aligned["alignment"], mesh) if aligned["alignment"] else {}
 
     def size(arrays: Any, shardings: Any) -> int:
         return sum(jax.tree.leaves(jax.tree.map(_shard_bytes, arrays, shardings)))
@@ -211,6 +220,26 @@ def _state_bytes(model: dip.DiP, config: Config, mesh: AbstractMesh, *, zero1: b
         "optimizer": size(abstract.opt_state, placed.opt_state),
         "ema": size(abstract.ema, placed.ema),
         "gradients": params,
+        **({"teacher": size(teacher, jax.tree.map(lambda a: a.sharding, teacher))} if teacher else {}),
+    }
+
+
+def _repa(config: Config) -> dict[str, Any] | None:
+    """What alignment adds to a training step: FLOPs per image of the teacher (once) and of the projector (three times)."""
+    alignment = repa.align(config.repa, config.model)
+    if alignment is None:
+        return None
+    image = {"image_size": config.model.image_size, "grid": alignment.projector.grid}
+    teacher = cost.teacher_flops(alignment.encoder, **image)
+    projector = 3 * cost.projector_flops(alignment.projector)
+    step = 3 * sum(cost.forward_flops(config.model).values())
+    parameters = _count(jax.eval_shape(alignment.projector.init, jax.random.key(0)))
+    return {
+        "weight": config.repa.weight,
+        "teacher_flops": teacher,
+        "projector_flops": projector,
+        "projector_parameters": parameters,
+        "share_of_step": (teacher + projector) / step,
     }
 
 

@@ -23,7 +23,7 @@ from dip_jax.errors import UserError
 from dip_jax.runtime import command_line, distributed, sharding, storage
 from dip_jax.runtime.lock import Lock
 from dip_jax.runtime.signals import Signals
-from dip_jax.training import config_change, loop
+from dip_jax.training import config_change, loop, showing
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -102,7 +102,7 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         found = checkpoints.find()
         if found:
             config_change.check(found.record.config, config, allowed=allow_change)
-        if found and found.step >= config.train.steps and not loop.find_owed(config.train, workdir, found.step):
+        if found and found.step >= config.train.steps and not showing.find_owed(config.train, workdir, found.step):
             distributed.say(f"{workdir} is finished: it has all {found.step} steps")
             return
         stack.callback(job.close)

@@ -5,6 +5,8 @@ With tokens s and the condition c of `models/condition.py`:
     s_l = Block_l(s_{l-1}, c),  l = 1..L                          (2)
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -42,37 +44,62 @@ def _grid(model: config.Model) -> tuple[int, int]:
     return model.image_size[0] // model.patch_size, model.image_size[1] // model.patch_size
 
 
+@dataclasses.dataclass
+class Tap:
+    """Tokens taken on their way: `run_blocks` fills in those after block `after` (from 1) while the network is traced."""
+
+    after: int
+    tokens: jax.Array | None = None
+
+
 class _Step(nn.Module):
-    """`Block` as a scan body; tokens are pinned to the mesh between blocks."""
+    """`Block` as a scan body; tokens are pinned to the mesh between blocks, and kept where `take` says so."""
 
     config: config.Model
 
     def setup(self):
-        model = self.config
-        self.block = Block(model.num_heads, _grid(model), model.attention, lead=TOKENS[:2], dtype=jnp.dtype(model.dtype))
+        model, block = self.config, Block
+        if model.remat != "none":
+            # Inside a while loop nothing can be merged across the boundary; unrolled, XLA would undo the rematerialisation.
+            block = nn.remat(block, policy=REMAT_POLICIES[model.remat], prevent_cse=not model.scan_layers)
+        self.block = block(model.num_heads, _grid(model), model.attention, lead=TOKENS[:2], dtype=jnp.dtype(model.dtype))
         nn.share_scope(self, self.block)  # no extra level in the parameter tree
 
-    def __call__(self, tokens: jax.Array, c: jax.Array | None, adaln: jax.Array | None) -> tuple[jax.Array, None]:
-        return constrain(self.block(tokens, c, adaln), *TOKENS), None
+    def __call__(self, carry: tuple, c: jax.Array | None, adaln: jax.Array | None, take: jax.Array | None) -> tuple:
+        tokens, taken = carry
+        tokens = constrain(self.block(tokens, c, adaln), *TOKENS)
+        return (tokens, None if take is None else jnp.where(take, tokens, taken)), None
 
 
-def run_blocks(model: config.Model, tokens: jax.Array, c: Conditioning, *, length: int, name: str) -> jax.Array:
+def run_blocks(
+    model: config.Model,
+    tokens: jax.Array,
+    c: Conditioning,
+    *,
+    length: int,
+    name: str,
+    first: int = 0,
+    tap: Tap | None = None,
+) -> jax.Array:
     """Equation (2) for `length` blocks: tokens [B, N, D] -> [B, N, D]; called inside the network's compact method.
 
-    The parameters carry a leading "layers" axis whether `scan_layers` compiles one block or unrolls them all.
+    The parameters carry a leading "layers" axis whether `scan_layers` compiles one block or unrolls them all. `first` blocks
+    lie before these; `tap` takes tokens from among them without a change to the parameters.
     """
-    step = _Step
-    if model.remat != "none":
-        # Inside a while loop nothing can be merged across the boundary; unrolled, XLA would undo the rematerialisation.
-        step = nn.remat(step, policy=REMAT_POLICIES[model.remat], prevent_cse=not model.scan_layers)
+    tapped = tap is not None and first < tap.after <= first + length
     scanned = nn.scan(
-        step,
+        _Step,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, 1),
+        in_axes=(nn.broadcast, 1, 0),
         length=length,
         unroll=1 if model.scan_layers else length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     ahead = isinstance(c, Modulations)
-    return scanned(model, name=name)(tokens, None if ahead else c, c.blocks[name] if ahead else None)[0]
+    told = (None, c.blocks[name]) if ahead else (c, None)
+    take = jnp.arange(1, length + 1) == tap.after - first if tapped else None
+    (tokens, taken), _ = scanned(model, name=name)((tokens, tokens if tapped else None), *told, take)
+    if tapped:
+        tap.tokens = taken
+    return tokens

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from dip_jax import config
-from dip_jax.models import folding
+from dip_jax.models import dinov2, folding
+from dip_jax.models.alignment import Projector
 from dip_jax.models.detailers import CONTEXT, unet_depth
 
 
@@ -87,6 +88,21 @@ HEAD_PRODUCTS: dict[str, Callable[[config.Model, int], int]] = {
     "attention": _attention,
     "none": lambda model, patches: 0,
 }
+
+
+def teacher_flops(encoder: dinov2.DinoV2, *, image_size: tuple[int, int], grid: tuple[int, int]) -> int:
+    """FLOPs of the teacher of representation alignment for one image, its resize included; 46 G for ViT-B at 16 x 16 tokens."""
+    (height, width), (h, w), d = image_size, (dinov2.PATCH * grid[0], dinov2.PATCH * grid[1]), encoder.width
+    resize = 3 * (h * height * width + h * w * width)
+    n = grid[0] * grid[1] + 1
+    return 2 * (resize + 3 * h * w * d + encoder.depth * (n * 12 * d * d + 2 * n * n * d))
+
+
+def projector_flops(projector: Projector) -> int:
+    """FLOPs of one forward pass of the projector for one image; training runs three times as many."""
+    d, (h, w) = projector.width, projector.grid
+    token = 9 * d * projector.features if projector.kind == "conv" else 2 * d * d + d * projector.features
+    return 2 * h * w * token
 
 
 def activation_bytes_per_image(model: Any) -> int:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.models import condition
-from dip_jax.models.backbone import TOKENS, PatchEmbed
+from dip_jax.models.backbone import TOKENS, PatchEmbed, Tap
 from dip_jax.models.condition import Condition, Modulations
 from dip_jax.models.layers import Named
 from dip_jax.models.patches import patchify, unpatchify
@@ -36,14 +36,16 @@ class _Network(nn.Module):
     config: config.Model
 
     @nn.compact
-    def __call__(self, x_t: jax.Array, t: jax.Array, y: jax.Array, ahead: Modulations | None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x_t: jax.Array, t: jax.Array, y: jax.Array, ahead: Modulations | None, after: int | None) -> tuple:
         model = self.config
         p = patchify(x_t, model.patch_size)
         p = constrain(p, "batch", "tokens", "height", "width", "channels")
         t_emb, c = (ahead.time, ahead) if ahead is not None else Condition(model, name="condition")(t, y)
         tokens = PatchEmbed(model, name="patch_embed")(p)
-        out, tokens = PLACEMENTS[model.placement](model, p, tokens, t_emb, c)
-        return unpatchify(out.astype(jnp.float32), model.image_size), constrain(tokens, *TOKENS)
+        tap = None if after is None else Tap(after)
+        out, tokens = PLACEMENTS[model.placement](model, p, tokens, t_emb, c, tap)
+        features = constrain(tokens, *TOKENS) if tap is None else tap.tokens
+        return unpatchify(out.astype(jnp.float32), model.image_size), features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ class DiP:
             y: labels [B]; `config.num_classes` is the null class, anything beyond gives NaN.
             ahead: what `modulations` gave for these t and y, which are then not read.
         """
-        return self._run(params, x_t, t, y, ahead)[0]
+        return self._run(params, x_t, t, y, ahead=ahead)[0]
 
     def modulations(self, params: Params, ts: Float[jax.Array, "S"], y: Labels) -> Modulations:
         """All that the network reads of every time [S] with every label [B], in one product: leading axes [S, B].
@@ -91,23 +93,29 @@ class DiP:
 
     def features(self, params: Params, x_t: Images, t: Times, y: Labels) -> Tokens:
         """The tokens after the last block, [B, N, D]: what Figure 8 visualises."""
-        return self._run(params, x_t, t, y, None)[1]
+        return self._run(params, x_t, t, y)[1]
+
+    def apply_with_features(self, params: Params, x_t: Images, t: Times, y: Labels, *, after: int) -> tuple[Images, Tokens]:
+        """The prediction as by `apply`, and the tokens [B, N, D] after block `after`, from 1 to the depth."""
+        return self._run(params, x_t, t, y, after=after)
 
     def logical_axes(self) -> Any:
         """The tree of `init` with each array replaced by its tuple of logical axis names (see `sharding.RULES`)."""
         return _logical_axes(self)
 
-    def _run(self, params: Params, x_t: Images, t: Times, y: Labels, ahead: Modulations | None) -> tuple[jax.Array, jax.Array]:
+    def _run(
+        self, params: Params, x_t: Images, t: Times, y: Labels, *, ahead: Modulations | None = None, after: int | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         if x_t.shape[1:] != (*self.config.image_size, 3):
             raise UserError(
                 f"images of shape {x_t.shape[1:]} do not fit model.image_size={self.config.image_size} with 3 channels"
             )
-        return _Network(self.config).apply({"params": params}, x_t, t, y, ahead)
+        return _Network(self.config).apply({"params": params}, x_t, t, y, ahead, after)
 
     def _init_named(self, key: PRNGKey) -> Any:
         x_t = jnp.zeros((1, *self.config.image_size, 3), jnp.float32)
         t, y = jnp.zeros((1,), jnp.float32), jnp.zeros((1,), jnp.int32)
-        return _Network(self.config).init(key, x_t, t, y, None)["params"]
+        return _Network(self.config).init(key, x_t, t, y, None, None)["params"]
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.models import folding
-from dip_jax.models.backbone import TOKENS, run_blocks
+from dip_jax.models.backbone import TOKENS, Tap, run_blocks
 from dip_jax.models.condition import Conditioning, Modulations
 from dip_jax.models.detailers import HEADS, check_head
 from dip_jax.models.layers import FinalLayer, Linear
@@ -60,35 +60,41 @@ def _inject(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Arr
     return constrain(tokens + project(refined.reshape(*tokens.shape[:2], -1)), *TOKENS)
 
 
-def post_hoc(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning) -> tuple:
+def post_hoc(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning, tap: Tap | None) -> tuple:
     """Equation (1); head "none" is the DiT-only baseline. Called inside the network's compact method."""
-    tokens = run_blocks(model, tokens, c, length=model.depth, name="blocks")
+    tokens = run_blocks(model, tokens, c, length=model.depth, name="blocks", tap=tap)
     if HEADS[model.head] is None:
         return _final(model, tokens, c, p), tokens
     return MappedHead(model, name="head")(p, tokens, t_emb), tokens
 
 
-def _injected(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning) -> jax.Array:
-    tokens = run_blocks(model, tokens, c, length=model.inject_after, name="blocks")
+def _injected(
+    model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning, tap: Tap | None
+) -> jax.Array:
+    tokens = run_blocks(model, tokens, c, length=model.inject_after, name="blocks", tap=tap)
     tokens = _inject(model, p, tokens, t_emb)
     if model.inject_after < model.depth:
-        tokens = run_blocks(model, tokens, c, length=model.depth - model.inject_after, name="blocks_after")
+        tokens = run_blocks(
+            model, tokens, c, length=model.depth - model.inject_after, name="blocks_after", first=model.inject_after, tap=tap
+        )
     return tokens
 
 
-def intermediate(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning) -> tuple:
+def intermediate(
+    model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning, tap: Tap | None
+) -> tuple:
     """Equation (2), with k = `inject_after`."""
-    tokens = _injected(model, p, tokens, t_emb, c)
+    tokens = _injected(model, p, tokens, t_emb, c, tap)
     return _final(model, tokens, c, p), tokens
 
 
-def hybrid(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning) -> tuple:
+def hybrid(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning, tap: Tap | None) -> tuple:
     """Equation (3)."""
-    tokens = _injected(model, p, tokens, t_emb, c)
+    tokens = _injected(model, p, tokens, t_emb, c, tap)
     return MappedHead(model, name="head")(p, tokens, t_emb), tokens
 
 
-# (model, patches, embedded tokens, t_emb, c) -> (output patches [B, N, P, P, 3], tokens after the last block [B, N, D]).
+# (model, patches, embedded tokens, t_emb, c, tap) -> (output patches [B, N, P, P, 3], tokens after the last block [B, N, D]).
 PLACEMENTS: dict[str, Callable] = {"post_hoc": post_hoc, "intermediate": intermediate, "hybrid": hybrid}
 
 

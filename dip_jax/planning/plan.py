@@ -22,7 +22,7 @@ from dip_jax.errors import Exit, UserError
 from dip_jax.models import dip, folding
 from dip_jax.planning import hlo
 from dip_jax.runtime import sharding
-from dip_jax.training import optim, state, step
+from dip_jax.training import optim, repa, state, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +89,22 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     sharding.check_split(mesh.shape, model=config.model, batch_size=config.data.batch_size, accumulate=config.optim.accumulate)
     model = dip.from_config(config.model)
     optimizer = optim.make_optimizer(config.optim, total_steps=config.train.steps)
+    aligned = {"alignment": repa.align(config.repa, config.model)}
     key = jax.eval_shape(lambda: jax.random.key(0))
     with sharding.use_rules(config.mesh.rules):
-        shardings = state.state_shardings(model, optimizer, mesh, zero1=config.mesh.zero1)
-        arrays = state.abstract_state(model, optimizer, shardings)
-        run = step.compile_train_step(model, optimizer, shardings, mesh, objective=config.flow, optim=config.optim)
+        shardings = state.state_shardings(model, optimizer, mesh, zero1=config.mesh.zero1, **aligned)
+        arrays = state.abstract_state(model, optimizer, shardings, **aligned)
+        frozen = [repa.abstract_teacher(aligned["alignment"], mesh)] if aligned["alignment"] else []
+        run = step.compile_train_step(
+            model,
+            optimizer,
+            shardings,
+            mesh,
+            objective=config.flow,
+            optim=config.optim,
+            frozen=jax.tree.map(lambda a: a.sharding, frozen[0]) if frozen else None,
+            **aligned,
+        )
         place = jax.sharding.NamedSharding(mesh, sharding.spec(("batch",)))
         count, (h, w) = config.data.batch_size, config.model.image_size
         batch = {
@@ -101,7 +112,7 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
             "label": jax.ShapeDtypeStruct((count,), jnp.int32, sharding=place),
         }
         with jax.set_mesh(mesh):
-            return run.lower(arrays, batch, key)
+            return run.lower(arrays, batch, key, *frozen)
 
 
 def read_plan(compiled: jax.stages.Compiled) -> Plan:

@@ -16,6 +16,7 @@ FREE = {
     "data.num_workers",
     "data.num_threads",
     "data.prefetch",
+    "repa.encoder",  # the file may lie elsewhere; that it is the same one, the checkpoint knows
     "model.attention",
     "model.remat",
     "model.head_remat",
@@ -41,6 +42,11 @@ def check(old: Config, new: Config, *, allowed: Collection[str]) -> None:
     """
     free = {*FREE, *allowed, *(["train.steps"] if new.optim.schedule == "constant" else [])}
     lines = [line for line in difference(old, new) if not {line.split(":")[0], line.split(".")[0]} & free]
+    if new.repa.weight and not old.repa.weight:
+        raise UserError(
+            f"the workdir began without alignment (repa.weight: 0 -> {new.repa.weight}), which can be taken away from a run "
+            "but not added to one: choose another --workdir"
+        )
     if lines:
         keys = ",".join(line.split(":")[0] for line in lines)
         raise UserError(

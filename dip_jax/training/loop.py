@@ -6,44 +6,22 @@ Saving, sampling and evaluating every so many steps; stopping when a signal asks
 import contextlib
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import jax
-import numpy as np
-from etils import epath
 
 from dip_jax.checkpoints import checkpoint
-from dip_jax.config import Config, Train, to_dict
+from dip_jax.config import Config, to_dict
 from dip_jax.data import order, pipeline
 from dip_jax.errors import Exit, Interrupted
-from dip_jax.metrics import image_sets, judge
 from dip_jax.models import dip
-from dip_jax.reporting import figures
 from dip_jax.runtime import distributed, storage, writers
 from dip_jax.runtime.watchdog import Watchdog
-from dip_jax.sampling import trajectories
-from dip_jax.training import bad_numbers, optim, state, step
+from dip_jax.training import bad_numbers, optim, repa, showing, state, step
 from dip_jax.typing import Params
 
 _PATIENCE = 10.0  # the watchdog waits this many times longer for compiling, saving and sampling
-_SAMPLES_PER_CLASS = 6
-_CLASSES_SHOWN = 10
-_PICTURE = "samples"  # name of the pictures in images/
 _NOISE = 1  # stream of the training noise, beside the initial weights
-
-
-def due(train: Train, step: int) -> list[str]:
-    """What is made beside the training at a step: "samples", "metrics"."""
-    marks = {"samples": train.sample_every, "metrics": train.eval_every}
-    return [name for name, every in marks.items() if every and step and (step % every == 0 or step == train.steps)]
-
-
-def find_owed(train: Train, workdir: epath.Path, step: int) -> list[str]:
-    """What was due at a step and is not there, because the run ended between saving and that. All processes must call it."""
-    made = {
-        "samples": lambda: writers.image_path(workdir, step, _PICTURE).exists(),
-        "metrics": lambda: any(row["step"] == step for row in writers.read_rows(workdir / "eval.jsonl")),
-    }
-    return [name for name in due(train, step) if not distributed.agree(int(distributed.is_main() and made[name]()))]
 
 
 class Run:
@@ -54,7 +32,7 @@ class Run:
         self._signals, self._checkpoints = signals, checkpoints
         self._watchdog = Watchdog(config.train.watchdog_seconds)
         self._watch = bad_numbers.Watch(config.train)
-        self._batches = self._writer = self._progress = self._judge = None
+        self._batches = self._writer = self._progress = None
         self._pending: tuple[int, dict[str, jax.Array], int] | None = None  # step, its metrics, bad records replaced by then
         self._replaced = 0  # bad records replaced before this start
 
@@ -63,15 +41,25 @@ class Run:
         config = self._config
         self._open_data(found, salt=found.record.data["salt"] if found else 0)
         self._model = dip.from_config(config.model)
-        if config.train.eval_every:  # on the host that judges; a missing reference or weights file ends all of them here
-            size, cache = config.model.image_size[0], judge.default_cache()
-            self._judge = distributed.on_main(lambda: judge.open_judge(config.eval, image_size=size, cache=cache))
+        self._showing = showing.Show(config, self._model, self._mesh, self._dataset.classes)
+        known = found.record.data.get("teacher") if found else None
+        self._teacher = distributed.on_all(lambda: repa.open_teacher(config.repa, config.model, known=known))
+        self._alignment = self._teacher.alignment if self._teacher else None
         self._optimizer = optim.make_optimizer(config.optim, total_steps=config.train.steps)
         self._backbone = None if found else self._read_backbone()
         self._watchdog.beat(patience=_PATIENCE)
-        self._shardings = state.state_shardings(self._model, self._optimizer, self._mesh, zero1=config.mesh.zero1)
+        aligned = {"alignment": self._alignment}
+        self._shardings = state.state_shardings(self._model, self._optimizer, self._mesh, zero1=config.mesh.zero1, **aligned)
+        places = self._place_teacher()
         self._train_step = step.compile_train_step(
-            self._model, self._optimizer, self._shardings, self._mesh, objective=config.flow, optim=config.optim
+            self._model,
+            self._optimizer,
+            self._shardings,
+            self._mesh,
+            objective=config.flow,
+            optim=config.optim,
+            frozen=places,
+            **aligned,
         )
         replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         root = jax.jit(lambda: jax.random.fold_in(jax.random.key(config.train.seed), _NOISE), out_shardings=replicated)
@@ -79,6 +67,15 @@ class Run:
         if distributed.is_main():
             storage.write_text(self._workdir / "config.json", json.dumps(to_dict(config), indent=1))
         self._start_from(found)
+
+    def _place_teacher(self) -> Any:
+        """Puts the teacher on the devices, as the step's last argument where there is one, and returns its shardings."""
+        self._frozen: tuple[Params, ...] = ()
+        if self._teacher is None:
+            return None
+        places = jax.tree.map(lambda a: a.sharding, repa.abstract_teacher(self._alignment, self._mesh))
+        self._frozen = (jax.device_put(self._teacher.params, places),)
+        return places
 
     def _open_data(self, found: checkpoint.Found | None, *, salt: int) -> None:
         config = self._config
@@ -115,16 +112,19 @@ class Run:
         self._replaced = found.record.replaced if found else 0
         self._pending = None
         if found:
-            target = state.abstract_state(self._model, self._optimizer, self._shardings)
-            self._state = self._checkpoints.restore(found, target)
+            target = state.abstract_state(self._model, self._optimizer, self._shardings, alignment=self._alignment)
+            dropped = found.record.config.repa.weight and not self._alignment
+            self._state = self._checkpoints.restore(found, target, partial=bool(dropped))
             distributed.say(f"going on from step {found.step} of {self._workdir}")
         else:
-            self._state = state.init_sharded(self._model, self._optimizer, self._config.train.seed, self._shardings)
+            self._state = state.init_sharded(
+                self._model, self._optimizer, self._config.train.seed, self._shardings, alignment=self._alignment
+            )
             if self._backbone is not None:
                 params = jax.device_put(dip.init_backbone(self._state.params, self._backbone), self._shardings.params)
-                self._state = self._state.replace(
-                    params=params, ema=jax.device_put(params, self._shardings.ema, may_alias=False)
-                )
+                self._state = self._state.replace(params=params)
+                ema = jax.device_put(self._state.weights, self._shardings.ema, may_alias=False)
+                self._state = self._state.replace(ema=ema)
         if distributed.is_main():
             self._close_writers()
             self._writer = writers.Writer(self._workdir, resume_step=self._step)
@@ -142,7 +142,7 @@ class Run:
             self._stop_if_asked()
             batch = next(self._batches)
             with jax.transfer_guard("disallow"):
-                self._state, metrics = self._train_step(self._state, batch, self._key)
+                self._state, metrics = self._train_step(self._state, batch, self._key, *self._frozen)
             self._step += 1
             self._settle()
             self._pending = (self._step, metrics, self._batches.replaced)
@@ -232,43 +232,33 @@ class Run:
                     code=Exit.NUMERIC_ABORT,
                 )
             replaced = self._count_replaced(self._batches.replaced)
-            record = checkpoint.Record(self._config, self._identity, self._watch.skipped, replaced)
+            origin = self._identity | ({"teacher": self._teacher.digest} if self._teacher else {})
+            record = checkpoint.Record(self._config, origin, self._watch.skipped, replaced)
             self._checkpoints.save(self._step, self._state, record)
 
     def _show(self, *, owed: bool = False) -> None:
         """The picture and the metrics that are due at this step; `owed`: where they are not there yet."""
         acts = {"samples": self._show_samples, "metrics": self._evaluate}
-        for name in find_owed(self._config.train, self._workdir, self._step) if owed else due(self._config.train, self._step):
+        wanted = (self._config.train, self._workdir, self._step)
+        for name in showing.find_owed(*wanted) if owed else showing.due(wanted[0], self._step):
             acts[name]()
-
-    def _draw(self, labels: np.ndarray, params: Params) -> np.ndarray:
-        """Samples, one per label; the same noise every time."""
-        batches = trajectories.draw_batches(
-            self._model, params, labels=labels, seed=0, options=self._config.sample, mesh=self._mesh
-        )
-        return np.concatenate([images for _, images in batches])
 
     def _show_samples(self) -> None:
         """A picture with a row of samples per class."""
         self._settle()
         with self._aside():
-            shown = range(min(self._config.model.num_classes, _CLASSES_SHOWN))
-            labels = np.repeat(np.array(shown, np.int32), _SAMPLES_PER_CLASS)
-            images = self._draw(labels, self._state.ema)
+            picture = self._showing.picture(self._state.ema)
             if distributed.is_main():
-                grid = figures.class_grid(figures.Labelled(images, labels), self._dataset.classes)
-                self._writer.image(self._step, _PICTURE, np.asarray(grid))
+                self._writer.image(self._step, showing.PICTURE, picture)
 
     def _evaluate(self) -> None:
-        """Metrics of as many samples of the average and of the last weights as `eval` says: a row of `eval.jsonl`."""
+        """Metrics of the average and of the last weights: a row of `eval.jsonl`."""
         self._settle()
-        labels = np.arange(self._config.eval.num_samples, dtype=np.int32) % self._config.model.num_classes
         values: dict[str, float] = {}
-        for prefix, params in (("", self._state.ema), ("raw_", self._state.params)):
+        for prefix, params in (("", self._state.ema), ("raw_", self._state.weights)):
             with self._aside():
-                images = image_sets.from_array(self._draw(labels, params), labels)
-                found = distributed.on_main(lambda images=images: self._judge(images))  # the other hosts wait here
-                values |= {prefix + name: value for name, value in (found or {}).items() if not (prefix and name == "N")}
+                found = self._showing.metrics(params)
+                values |= {prefix + name: value for name, value in found.items() if not (prefix and name == "N")}
         if distributed.is_main():
             self._writer.scalars(self._step, values, table="eval")
 

@@ -14,6 +14,7 @@ from dip_jax import flow
 from dip_jax.config import Flow, Optim
 from dip_jax.runtime import sharding
 from dip_jax.training.optim import ema_decay
+from dip_jax.training.repa import PROJECTOR, Alignment, without_projector
 from dip_jax.training.state import TrainState
 from dip_jax.typing import Images, Params, PRNGKey, RawImages
 
@@ -30,33 +31,37 @@ def train_step(
     state: TrainState,
     batch: Batch,
     key: PRNGKey,
+    frozen: Params | None = None,
     *,
     model: Any,
     optimizer: optax.GradientTransformation,
     objective: Flow,
     optim: Optim,
+    alignment: Alignment | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update. Pure; jit it through `compile_train_step`.
+    """One update. Pure; jit it through `compile_train_step`. `alignment` comes with its teacher's `frozen` parameters.
 
     The step's randomness is `key` folded with `state.step`, so step k of any run with this key draws the same noise. A
     non-finite loss or gradient norm leaves parameters, optimizer and EMA as they were; the step still counts.
 
     Returns:
-        The new state and float32 scalars: loss, grad_norm (before clipping), param_norm, and
-        skipped (1 where the update was not applied).
+        The new state and float32 scalars: loss, with `alignment` its parts loss_flow and loss_repa, grad_norm (before
+        clipping), param_norm, and skipped (1 where the update was not applied).
     """
     key = jax.random.fold_in(key, state.step)
     image = sharding.constrain(to_float(batch["image"]), "batch", "height", "width", "channels")
     corrupted = flow.corrupt(key, image, batch["label"], flow=objective, model=model.config)
-    loss, grads = _value_and_grad(model, state.params, corrupted, parts=optim.accumulate)
+    objectives = functools.partial(_losses, model=model, alignment=alignment, frozen=frozen)
+    losses, grads = _value_and_grad(objectives, state.params, (corrupted, image), parts=optim.accumulate)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
 
     def update():
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay(optim, state.step)
-        return params, opt_state, jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, without_projector(params))
+        return params, opt_state, ema
 
     def keep():
         return state.params, state.opt_state, state.ema
@@ -64,7 +69,7 @@ def train_step(
     # A branch, not a select per array: on two CPU cores the select made this part five times slower.
     params, opt_state, ema = jax.lax.cond(finite, update, keep)
     metrics = {
-        "loss": loss,
+        **losses,
         "grad_norm": grad_norm,
         "param_norm": optax.tree.norm(params),
         "skipped": 1.0 - finite.astype(jnp.float32),
@@ -72,21 +77,38 @@ def train_step(
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
-def _value_and_grad(model: Any, params: Params, batch: flow.Corrupted, *, parts: int) -> tuple[Array, Params]:
-    """Loss and gradient of the batch; with `parts` > 1 as the mean over micro-batches run one after the other."""
+def _losses(params: Params, batch: tuple[flow.Corrupted, Images], *, model: Any, alignment: Any, frozen: Any) -> Metrics:
+    """What is minimised under "loss", and its parts where there are several."""
+    corrupted, image = batch
+    if alignment is None:
+        return {"loss": flow.loss(functools.partial(model.apply, params), corrupted, model=model.config)}
+    inputs, after = (corrupted.x_t, corrupted.t, corrupted.y), alignment.options.layer
+    prediction, tokens = model.apply_with_features(without_projector(params), *inputs, after=after)
+    of_flow = flow.error(prediction, corrupted, model=model.config)
+    of_repa = alignment.loss(params[PROJECTOR], tokens, frozen, image)
+    return {"loss": of_flow + alignment.options.weight * of_repa, "loss_flow": of_flow, "loss_repa": of_repa}
+
+
+def _value_and_grad(losses: Callable[..., Metrics], params: Params, batch: Any, *, parts: int) -> tuple[Metrics, Params]:
+    """Losses and gradient of the batch; with `parts` > 1 as the mean over micro-batches run one after the other."""
 
     def loss(params, batch):
-        return flow.loss(functools.partial(model.apply, params), batch, model=model.config)
+        found = losses(params, batch)
+        return found["loss"], found
+
+    def both(params, batch):
+        (_, found), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        return found, grads
 
     if parts == 1:
-        return jax.value_and_grad(loss)(params, batch)
+        return both(params, batch)
 
     def add(total, i):
         # Strided, so that every device keeps its own examples in each micro-batch.
         part = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:])[:, i], batch)
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, part)), None
+        return jax.tree.map(jnp.add, total, both(params, part)), None
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(both, params, batch))
     total, _ = jax.lax.scan(add, zero, jnp.arange(parts))
     return jax.tree.map(lambda a: a / parts, total)
 
@@ -99,17 +121,24 @@ def compile_train_step(
     *,
     objective: Flow,
     optim: Optim,
-) -> Callable[[TrainState, Batch, PRNGKey], tuple[TrainState, Metrics]]:
+    alignment: Alignment | None = None,
+    frozen: Any = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted step: the state donated and kept where `shardings` puts it, the batch split over devices, metrics replicated.
+
+    It takes (state, batch, key), and with `alignment` its teacher's parameters, which lie where the shardings `frozen` say.
 
     Call it under `jax.set_mesh(mesh)` and `sharding.use_rules`.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     batch = NamedSharding(mesh, sharding.spec(("batch",)))
-    step = functools.partial(train_step, model=model, optimizer=optimizer, objective=objective, optim=optim)
+    step = functools.partial(
+        train_step, model=model, optimizer=optimizer, objective=objective, optim=optim, alignment=alignment
+    )
+    placed = (shardings, {"image": batch, "label": batch}, replicated)
     return jax.jit(
         step,
-        in_shardings=(shardings, {"image": batch, "label": batch}, replicated),
+        in_shardings=placed if alignment is None else (*placed, frozen),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
     )

@@ -4,10 +4,10 @@ import importlib.util
 import json
 
 import jax
-import numpy as np
 import pytest
 from places import ROOT
 from small_models import COMBINATIONS, small
+from traced import products
 
 from dip_jax import __main__, config
 from dip_jax.errors import UserError
@@ -89,24 +89,8 @@ def test_flops_are_those_of_the_traced_products(head, place):
     jaxpr = jax.make_jaxpr(model.apply)(params, *args, jax.ShapeDtypeStruct((1,), "int32"))
     parts = cost.forward_flops(model.config)
     assert {part for part, count in parts.items() if count} == params.keys()
-    counted, traced = sum(parts.values()), _products(jaxpr.jaxpr)
+    counted, traced = sum(parts.values()), products(jaxpr.jaxpr)
     assert counted == pytest.approx(traced, rel=0.05 if head == "unet" else 1e-9)
-
-
-def _products(jaxpr) -> int:
-    """FLOPs of the products in a jaxpr, loops counted as often as they run."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contract, _), _ = eqn.params["dimension_numbers"]
-            total += 2 * eqn.outvars[0].aval.size * int(np.prod([eqn.invars[0].aval.shape[i] for i in contract]))
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval
-            total += 2 * eqn.outvars[0].aval.size * kernel.size // kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)  # of a jit, a scan, a checkpoint
-            total += _products(inner) * eqn.params.get("length", 1) if hasattr(inner, "eqns") else 0
-    return total
 
 
 def test_activation_bytes_are_those_of_an_accelerator(monkeypatch):
