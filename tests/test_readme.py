@@ -153,14 +153,21 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
         folder = tmp_path / "IMAGES" / f"class_{i % 10}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(small_data.pixels_of(i, 40)).save(folder / f"{i}.png")
-    write(tmp_path / "FILE.safetensors", tensors())
+    write(tmp_path / "FILE.safetensors", tensors("dip"))
     (tmp_path / "FILE.safetensors").rename(tmp_path / "FILE")
     (block,) = (text for _, text in blocks(ROOT / "README.md", "bash") if "--from=IMAGES" in text)
     for words in commands(block):
         assert words[:3] == ["python", "-m", "dip_jax"]
         argv = [*words[3:], *SMALLER.get(words[3], [])]
         assert __main__.main(argv) == 0, f"{' '.join(argv)}\n{capsys.readouterr().err}"
-    for made in ("grid.png", "samples.npz", "metrics.json", "runs/mine/checkpoints/2", "runs/pixnerd/checkpoints/0"):
+    for made in (
+        "grid.png",
+        "samples.npz",
+        "metrics.json",
+        "runs/mine/checkpoints/2",
+        "runs/official/checkpoints/0",
+        "dip.pth",
+    ):
         assert (tmp_path / made).exists()
 
 

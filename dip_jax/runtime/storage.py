@@ -52,9 +52,7 @@ def require_writable(workdir: epath.Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be written ({error.strerror or error}): choose another or free it"
-        ) from error
+        raise UserError(f"{workdir} cannot be written ({error.strerror or error}): choose another or free it") from error
 
 
 def require_space(path: epath.Path, needed: int) -> None:

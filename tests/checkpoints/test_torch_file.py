@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import zipfile
 
 import ml_dtypes
@@ -168,17 +169,25 @@ def test_nested_mappings_are_flattened_and_other_things_dropped(write):
 
 def test_lightning_checkpoint_gives_its_state_dict_and_ignores_foreign_objects(write):
     array = np.ones((2,), np.float32)
-    hyper = Call("omegaconf.dictconfig", "DictConfig", {"lr": 1e-4}, state={"content": [1, 2]})
+    hyper = Call("omegaconf.dictconfig", "DictConfig", {"lr": 1e-4}, state={"content": [1, 2], "type": Global("typing", "Any")})
+    values = Call("numpy._core.multiarray", "_reconstruct", Global("numpy", "ndarray"), (0,), b"b", state=(1, (3,), None, b"x"))
+    network = Call("torch.nn.modules.linear", "Linear", state={"_parameters": {"weight": contiguous(array, "2")}})
     tree = {
         "state_dict": collections.OrderedDict(w=contiguous(array, "0")),
         "optimizer_states": [{"state": {0: {"exp_avg": contiguous(array, "1")}}}],
         "hyper_parameters": hyper,
+        "random": {"state": values, "device": Call("torch", "device", "cpu"), "dtype": Global("torch", "bfloat16")},
+        "network": network,
         "callbacks": {
             "best": Call("pathlib", "PosixPath", "a"),
+            "every": Call("datetime", "timedelta", 0, 30, 0),
+            "scores": Call("collections", "defaultdict", Global("torch.optim.adamw", "AdamW")),
             "kind": Global("lightning.pytorch.callbacks", "ModelCheckpoint"),
         },
     }
+    before = set(sys.modules)
     assert set(read_tensors(write(tree))) == {"w"}
+    assert not {name.split(".")[0] for name in set(sys.modules) - before} & {"omegaconf", "lightning", "torch", "argparse"}
 
 
 @pytest.mark.parametrize(
