@@ -4,6 +4,7 @@
 drops the rows after s that the interrupted run had already written, so that no step is missing and none appears twice.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -132,9 +133,10 @@ class Writer:
         return path
 
     def close(self) -> None:
-        """Flushes TensorBoard."""
+        """Flushes TensorBoard, as far as the disk lets us: the numbers are in the tables, and a full disk is told by the save."""
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):
+                self._events.close()
 
 
 class Progress:

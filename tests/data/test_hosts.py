@@ -19,8 +19,9 @@ HOST = """
     import json, sys
     import jax, numpy as np
     from small_data import number_of
-    from dip_jax import config, sharding
-    from dip_jax.data import pipeline
+    from dip_jax import config
+    from dip_jax.data import pipeline, prepared
+    from dip_jax.runtime import sharding
 
     if __name__ == "__main__":
         address, count, rank, folder, mesh, workers = sys.argv[1:]

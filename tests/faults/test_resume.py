@@ -100,9 +100,9 @@ def test_replaced_records_are_counted_across_an_interruption(nursery, changed, t
     assert nursery.run(config, tmp_path / "run")[0] == Exit.DONE
     harness.check_curve(tmp_path / "run", tmp_path / "reference")
     info = prepared.open_dataset(dataset)
-    order = [order.batch_indices(len(info), batch_size=8, seed=0, step=k) for k in range(STEPS)]
+    read = [order.batch_indices(len(info), batch_size=8, seed=0, step=k) for k in range(STEPS)]
     assert [row["replaced"] for row in harness.curve(tmp_path / "run")] == np.cumsum(
-        [(records >= len(info) - 6).sum() for records in order]
+        [(records >= len(info) - 6).sum() for records in read]
     ).tolist()
 
 

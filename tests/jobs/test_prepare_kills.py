@@ -69,16 +69,16 @@ def test_ten_kills_cost_nothing_but_time(tmp_path):
 
 
 def test_a_second_prepare_refuses(tmp_path):
-    root = make_folder(tmp_path / "images", per_class=100, size=(300, 200))
-    first = subprocess.Popen(command(root, tmp_path / "out"), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    lock = tmp_path / "out.partial" / "lock"
-    while not lock.exists():
+    root = make_folder(tmp_path / "images", per_class=10)
+    first = start_counted(tmp_path, "out", journal=tmp_path / "journal", last=5)  # which goes no further
+    while (tmp_path / "journal").stat().st_size < 5:
+        assert first.poll() is None, first.stderr.read().decode()
         time.sleep(0.02)
-    time.sleep(0.1)
     with pytest.raises(UserError, match="being written by another prepare"):
         prepare("folder", root=str(root), image_size=48, out=tmp_path / "out")
     first.send_signal(signal.SIGINT)
-    assert first.wait(20) == Exit.INTERRUPTED
+    with first.stderr:
+        assert first.wait(60) == Exit.INTERRUPTED
     assert not (tmp_path / "out").exists()
 
 
