@@ -133,7 +133,7 @@ class Writer:
         return path
 
     def close(self) -> None:
-        """Flushes TensorBoard, as far as the disk lets us: the numbers are in the tables, and a full disk is told by the save."""
+        """Flushes TensorBoard as far as the disk lets us: the numbers are in the tables, and a save tells of a full disk."""
         if self._events is not None:
             with contextlib.suppress(OSError):
                 self._events.close()
