@@ -15,6 +15,7 @@ from dip_jax import config
 from dip_jax.models import dinov2, folding
 from dip_jax.models.alignment import Projector
 from dip_jax.models.detailers import CONTEXT, unet_depth
+from dip_jax.runtime import target
 
 
 def forward_flops(model: config.Model) -> dict[str, int]:
@@ -120,5 +121,5 @@ def activation_bytes_per_image(model: Any) -> int:
         residuals = jax.eval_shape(lambda p, *rest: jax.vjp(lambda q: model.apply(q, *rest), p)[1], params, x, t, y)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 
-    with folding.one_group():
+    with target.everywhere():
         return saved(3) - saved(2)

@@ -13,7 +13,7 @@ from jax import lax
 from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.models import folding
-from dip_jax.models.layers import INITS, Linear, RMSNorm, SwiGLU, named, normal, unstack
+from dip_jax.models.layers import INITS, Linear, RMSNorm, SwiGLU, attend, named, normal, unstack
 
 
 class Conv(nn.Module):
@@ -178,7 +178,7 @@ class PixelAttention(nn.Module):
         kv = Linear((2, width), ("head_in", None, "head_out"), bias=False, name="kv", **kind)(context)
         q, k, v = (part.reshape(len(part), self.num_heads, -1) for part in (q, *unstack(kv, -2)))
         q, k = RMSNorm(name="q_norm")(q).astype(self.dtype), RMSNorm(name="k_norm")(k).astype(self.dtype)
-        y = jax.nn.dot_product_attention(q, k, v, implementation="xla")  # softmax in float32
+        y = attend(q, k, v, choice="xla", dtype=self.dtype)
         return Linear((width,), ("head_in", "head_out"), name="proj", **kind)(y.reshape(x.shape))
 
 

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Float
 
 from dip_jax.errors import UserError
-from dip_jax.models.layers import attention_implementation, layer_norm, spread, unstack
+from dip_jax.models.layers import attend, layer_norm, spread, unstack
 from dip_jax.models.patches import patchify
 from dip_jax.runtime.sharding import constrain
 from dip_jax.typing import Images, Params
@@ -280,9 +280,7 @@ def _attention(encoder: DinoV2, params: Params, x: jax.Array, dtype: Any) -> jax
     qkv = _linear(params["qkv"], x, dtype)
     heads = qkv.reshape(*qkv.shape[:-1], encoder.num_heads, _HEAD_WIDTH)
     q, k, v = (constrain(part, "batch", "tokens", "act_heads", None) for part in unstack(heads, -3))
-    if jax.default_backend() == "cpu":  # which computes half-precision products in float32 anyway
-        q, k, v = (part.astype(jnp.float32) for part in (q, k, v))
-    y = jax.nn.dot_product_attention(q, k, v, implementation=attention_implementation("auto", dtype))  # softmax in float32
+    y = attend(q, k, v, choice="auto", dtype=dtype)
     return _linear(params["proj"], y.reshape(x.shape), dtype)
 
 

@@ -12,16 +12,15 @@ twentieth of the speed. Kernels are composed in float32 and converted once.
 What depends on how much there is to do is decided here: `composes`, and `count_groups`, which only a CPU has.
 """
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dip_jax import config
+from dip_jax.runtime import target
 
 DENSE_SIDE = 2  # largest input map that is multiplied densely
 GROUP_BYTES = 8 * 2**20  # of the widest activation of a group: about what a CPU caches
@@ -179,24 +178,13 @@ def patches_at_once() -> int:
 
 
 def count_groups(model: config.Model, *, images: int, patches: int) -> int:
-    """Into how many groups of patches the head's work is split: more than one only for the U-Net on a CPU.
+    """Into how many groups of patches the head's work is split: more than one only for the U-Net on a mesh of CPUs.
 
     There, XLA's gradient of a convolution's kernel reads the whole batch again for every tap: with 64 patches at base width 64
     it ran at 75 GFLOP/s on two cores, with 256 and more at 15.
     """
-    if model.head != "unet" or jax.default_backend() != "cpu":
+    if model.head != "unet" or target.platform() != "cpu":
         return 1
     size = images * patches * model.patch_size**2 * (model.head_width or 64) * 4  # float32, whatever the dtype
     divisors = [n for n in range(1, MOST_GROUPS + 1) if patches % n == 0]
     return next((n for n in divisors if size <= n * GROUP_BYTES), divisors[-1])
-
-
-@contextlib.contextmanager
-def one_group() -> Iterator[None]:
-    """What is traced inside has no groups: the program of an accelerator, to be counted and planned on a CPU."""
-    global MOST_GROUPS
-    before, MOST_GROUPS = MOST_GROUPS, 1
-    try:
-        yield
-    finally:
-        MOST_GROUPS = before

@@ -15,6 +15,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from dip_jax.runtime import target
 from dip_jax.runtime.sharding import constrain
 from dip_jax.typing import Axes
 
@@ -190,11 +191,14 @@ def rotate(x: jax.Array, table: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
-def attention_implementation(choice: str, dtype: Any) -> str:
-    """Resolves "auto": cuDNN for half precision on a GPU, XLA elsewhere."""
-    if choice != "auto":
-        return choice
-    return "cudnn" if jax.default_backend() == "gpu" and dtype == jnp.bfloat16 else "xla"
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, choice: str, dtype: Any) -> jax.Array:
+    """softmax(q k^T / sqrt(width)) v of [..., N, K, head width], softmax in float32; "auto" is cuDNN where that can be."""
+    if choice == "auto":
+        choice = "cudnn" if target.platform() == "gpu" and dtype == jnp.bfloat16 else "xla"
+    if target.platform() == "cpu":  # which computes half-precision products in float32 anyway
+        q, k, v = (part.astype(jnp.float32) for part in (q, k, v))
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own function adds bfloat16 to float32
+        return jax.nn.dot_product_attention(q, k, v, implementation=choice).astype(dtype)
 
 
 class Attention(nn.Module):
@@ -223,11 +227,7 @@ class Attention(nn.Module):
         k = rotate(RMSNorm(name="k_norm")(k), table).astype(self.dtype)
         if self.lead:
             q, k, v = (constrain(part, *self.lead, "act_heads", None) for part in (q, k, v))
-        implementation = attention_implementation(self.implementation, self.dtype)
-        if jax.default_backend() == "cpu":  # which computes half-precision products in float32 anyway
-            q, k, v = (part.astype(jnp.float32) for part in (q, k, v))
-        y = jax.nn.dot_product_attention(q, k, v, implementation=implementation)  # softmax in float32
-        y = y.astype(self.dtype).reshape(*y.shape[:-2], width)
+        y = attend(q, k, v, choice=self.implementation, dtype=self.dtype).reshape(*x.shape[:-1], width)
         return Linear((width,), ("heads", "embed"), dtype=self.dtype, name="proj")(y)
 
 

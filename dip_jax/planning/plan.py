@@ -19,9 +19,9 @@ import jax.numpy as jnp
 
 from dip_jax.config import Config, Mesh, from_dict, to_dict
 from dip_jax.errors import Exit, UserError
-from dip_jax.models import dip, folding
+from dip_jax.models import dip
 from dip_jax.planning import hlo
-from dip_jax.runtime import sharding
+from dip_jax.runtime import sharding, target
 from dip_jax.training import optim, repa, state, step
 
 
@@ -129,7 +129,7 @@ def read_plan(compiled: jax.stages.Compiled) -> Plan:
 def _main() -> int:
     config = from_dict(json.loads(sys.stdin.read()))
     try:
-        with folding.one_group():
+        with target.everywhere():
             lowered = lower_step(config, sharding.make_mesh(config.mesh))
     except UserError as mistake:
         print(mistake, file=sys.stderr)

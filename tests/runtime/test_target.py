@@ -1,0 +1,61 @@
+"""A program is decided by the mesh that it is traced for, not by the machine that traces it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from small_models import small
+
+from dip_jax import config
+from dip_jax.models import folding, layers
+from dip_jax.runtime import sharding, target
+
+AUTO = (AxisType.Auto,) * 3
+
+
+def mesh_of(platform: str, count: int = 1) -> AbstractMesh:
+    device = AbstractDevice(device_kind=f"some {platform}", num_cores=None, platform=platform)
+    return AbstractMesh((count, 1, 1), sharding.AXES, axis_types=AUTO, abstract_device=device)
+
+
+@pytest.mark.parametrize(("platform", "attention", "groups"), [("cpu", "xla", 2), ("gpu", "cudnn", 1), ("tpu", "xla", 1)])
+def test_the_mesh_decides(platform, attention, groups, monkeypatch):
+    model = small(head="unet").config
+    monkeypatch.setattr(folding, "GROUP_BYTES", 1)
+
+    def decided():
+        chosen = layers.attention_implementation("auto", jnp.bfloat16)
+        return chosen, folding.count_groups(model, images=1, patches=2)
+
+    assert decided() == ("xla", 1)  # no mesh: what runs anywhere
+    with jax.sharding.use_abstract_mesh(mesh_of(platform)):
+        assert target.platform() == platform and decided() == (attention, groups)
+        with target.everywhere():
+            assert decided() == ("xla", 1)
+        assert target.platform() == platform
+
+
+def test_a_real_mesh_is_read_inside_jit():
+    seen = []
+    with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
+        jax.eval_shape(lambda x: seen.append(target.platform()) or x, 1.0)
+        jax.jit(lambda x: seen.append(target.platform()) or x)(1.0)
+    assert seen == ["cpu", "cpu"]
+
+
+def test_the_network_traced_for_another_platform_is_that_platforms(monkeypatch):
+    """On a CPU half-precision attention is computed in float32; a TPU's program, traced here, is not."""
+    model = small(head="none", dtype="bfloat16")
+    monkeypatch.setattr(jax, "default_backend", lambda: pytest.fail("the tracing machine was asked what it is"))
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((2, 16, 8, 3), "float32"), ((2,), "float32"))]
+    params, label = jax.eval_shape(model.init, jax.random.key(0)), jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    @functools.cache
+    def softmax_inputs(platform: str) -> str:
+        with jax.sharding.use_abstract_mesh(mesh_of(platform)):
+            return str(jax.make_jaxpr(lambda *arguments: model.apply(*arguments))(params, *shapes, label))
+
+    assert softmax_inputs("cpu") != softmax_inputs("tpu")
+    assert softmax_inputs("cpu").count("f32[2,2,2,16]") > softmax_inputs("tpu").count("f32[2,2,2,16]")
