@@ -191,14 +191,19 @@ def rotate(x: jax.Array, table: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
+def attention_implementation(choice: str, dtype: Any) -> str:
+    """Resolves "auto": cuDNN for half precision on a mesh of GPUs, XLA elsewhere."""
+    if choice != "auto":
+        return choice
+    return "cudnn" if target.platform() == "gpu" and dtype == jnp.bfloat16 else "xla"
+
+
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, choice: str, dtype: Any) -> jax.Array:
-    """softmax(q k^T / sqrt(width)) v of [..., N, K, head width], softmax in float32; "auto" is cuDNN where that can be."""
-    if choice == "auto":
-        choice = "cudnn" if target.platform() == "gpu" and dtype == jnp.bfloat16 else "xla"
+    """softmax(q k^T / sqrt(width)) v of [..., N, K, head width], softmax in float32."""
     if target.platform() == "cpu":  # which computes half-precision products in float32 anyway
         q, k, v = (part.astype(jnp.float32) for part in (q, k, v))
     with jax.numpy_dtype_promotion("standard"):  # JAX's own function adds bfloat16 to float32
-        return jax.nn.dot_product_attention(q, k, v, implementation=choice).astype(dtype)
+        return jax.nn.dot_product_attention(q, k, v, implementation=attention_implementation(choice, dtype)).astype(dtype)
 
 
 class Attention(nn.Module):

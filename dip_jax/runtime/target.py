@@ -21,7 +21,7 @@ def platform() -> str:
 
 @contextlib.contextmanager
 def everywhere() -> Iterator[None]:
-    """What is traced inside is no platform's own program: what is planned or counted on CPU devices stands for an accelerator."""
+    """What is traced inside is no platform's own program: a plan on CPU devices stands for an accelerator's."""
     token = _everywhere.set(True)
     try:
         yield
