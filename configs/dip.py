@@ -7,6 +7,7 @@
 
 Data:      python -m dip_jax prepare --source=folder --from=imagenet/train --image_size=256 --out=datasets/imagenet256
 Command:   python -m dip_jax train --config=configs/dip.py:256 --workdir=runs/dip
+Needs:     the teacher of the alignment, dinov2_vitb14_pretrain.pth (README, "The teacher"), named by --config.repa.encoder=FILE
 Hardware:  8 GPUs of 48 GB or more (XL at 256); `python -m dip_jax info --config=... --mesh=data:8` prints what it takes
 Expected:  160 epochs: the paper reports FID 2.16 after 92 x 8 GPU hours (GPU not named); not reproduced here
 """
@@ -35,7 +36,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config = defaults()
     config.model.update(image_size=(side, side), patch_size=32 if side == 512 else 16, **chosen)
     config.data.update(path=f"datasets/imagenet{side}", source="folder")
-    config.sample.update(guidance=4.0 if side < 512 else 5.0)
+    # As the paper's appendix has it. The authors' yamls: weight decay 1e-3 (XL) or 0 (L), guidance 1.0 (XL) or 3.5 (L) on
+    # (0.1, 1.0). Their times may run the other way in the table, which makes its interval (0.03, 0.89): sweep both.
+    config.repa.update(weight=0.5, encoder="dinov2_vitb14_pretrain.pth", layer=min(8, SIZES[chosen["size"]][0]))
+    if side == 512:
+        config.sample.update(guidance=5.0, interval=(0.1, 1.0))  # what its siblings use there; the paper prints none
     config.eval.update(features="inception", weights="classify_image_graph_def.pb", num_samples=50_000)
     config.eval.reference = "VIRTUAL_imagenet512.npz" if side == 512 else f"VIRTUAL_imagenet{side}_labeled.npz"
     return config

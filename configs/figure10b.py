@@ -6,6 +6,7 @@
 
 Data:      python -m dip_jax prepare --source=folder --from=imagenet/train --image_size=512 --out=datasets/imagenet512
 Command:   python -m dip_jax train --config=configs/figure10b.py:32,512 --workdir=runs/figure10b_32_512
+Needs:     the teacher of the alignment, dinov2_vitb14_pretrain.pth (README, "The teacher"), named by --config.repa.encoder=FILE
 Hardware:  8 GPUs of 48 GB or more; four times that for 1024 tokens (patch 8 at 256, patch 16 at 512)
 Expected:  smaller patches are better and dearer; at 512, DiP with patch 32 beats DiT-only with a smaller patch (the paper, as a
            plot without numbers; not reproduced here)
@@ -23,6 +24,7 @@ def get_config(arg: str = "16,256") -> ConfigDict:
     patch, side = int(words[0]), int(words[1])
     config = defaults()
     config.model.update(patch_size=patch, image_size=(side, side), head=words[2] if words[2:] else "unet")
+    config.repa.update(weight=0.5, encoder="dinov2_vitb14_pretrain.pth")
     config.data.update(path=f"datasets/imagenet{side}", source="folder")
     config.eval.update(features="inception", weights="classify_image_graph_def.pb", num_samples=50_000)
     config.eval.reference = "VIRTUAL_imagenet512.npz" if side == 512 else f"VIRTUAL_imagenet{side}_labeled.npz"

@@ -2,6 +2,7 @@
 
 Data:      python -m dip_jax prepare --source=folder --from=imagenet/train --image_size=256 --out=datasets/imagenet256
 Command:   python -m dip_jax train --config=configs/table1_320_epochs.py --workdir=runs/table1_320_epochs
+Needs:     the teacher of the alignment, dinov2_vitb14_pretrain.pth (README, "The teacher"), named by --config.repa.encoder=FILE
 Hardware:  8 GPUs of 48 GB or more; the paper's GPU is not named
 Expected:  FID 1.98, sFID 4.57, IS 282.9, precision 0.80, recall 0.62 (the paper; not reproduced here);
            0.70 s per image
@@ -14,6 +15,7 @@ from dip_jax.config import defaults
 
 def get_config() -> ConfigDict:
     config = defaults()
+    config.repa.update(weight=0.5, encoder="dinov2_vitb14_pretrain.pth")
     config.data.update(path="datasets/imagenet256", source="folder")
     config.sample.steps = 75
     config.train.steps = 1_601_459  # 320 epochs of 1,281,167 images at batch 256

@@ -2,6 +2,7 @@
 
 Data:      python -m dip_jax prepare --source=folder --from=imagenet/train --image_size=256 --out=datasets/imagenet256
 Command:   python -m dip_jax train --config=configs/table1_600_epochs.py --workdir=runs/table1_600_epochs
+Needs:     the teacher of the alignment, dinov2_vitb14_pretrain.pth (README, "The teacher"), named by --config.repa.encoder=FILE
 Hardware:  8 GPUs of 48 GB or more; the paper's GPU is not named
 Expected:  FID 1.79, sFID 4.59, IS 281.9, precision 0.80, recall 0.63 (the paper; not reproduced here)
 """
@@ -13,6 +14,7 @@ from dip_jax.config import defaults
 
 def get_config() -> ConfigDict:
     config = defaults()
+    config.repa.update(weight=0.5, encoder="dinov2_vitb14_pretrain.pth")
     config.data.update(path="datasets/imagenet256", source="folder")
     config.train.steps = 3_002_735  # 600 epochs of 1,281,167 images at batch 256
     config.eval.update(features="inception", weights="classify_image_graph_def.pb", num_samples=50_000)

@@ -1,7 +1,8 @@
-"""Table 2: intra-patch attention head (629,695,779 parameters).
+"""Table 2: intra-patch attention head (629,892,899 parameters).
 
 Data:      python -m dip_jax prepare --source=folder --from=imagenet/train --image_size=256 --out=datasets/imagenet256
 Command:   python -m dip_jax train --config=configs/table2_attention.py --workdir=runs/table2_attention
+Needs:     the teacher of the alignment, dinov2_vitb14_pretrain.pth (README, "The teacher"), named by --config.repa.encoder=FILE
 Hardware:  8 GPUs of 48 GB or more; the paper's GPU is not named
 Expected:  FID 2.98, sFID 5.16, IS 275.0, precision 0.80, recall 0.56 (the paper; not reproduced here);
            96 x 8 GPU hours, 0.94 s per image
@@ -15,6 +16,7 @@ from dip_jax.config import defaults
 def get_config() -> ConfigDict:
     config = defaults()
     config.model.update(head="attention")
+    config.repa.update(weight=0.5, encoder="dinov2_vitb14_pretrain.pth")
     config.data.update(path="datasets/imagenet256", source="folder")
     config.eval.update(features="inception", weights="classify_image_graph_def.pb", num_samples=50_000)
     config.eval.reference = "VIRTUAL_imagenet256_labeled.npz"

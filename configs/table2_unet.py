@@ -1,7 +1,8 @@
-"""Table 2: convolutional U-Net head (630,595,811 parameters); the same run as Table 1 at 160 epochs.
+"""Table 2: convolutional U-Net head (631,989,411 parameters); the same run as Table 1 at 160 epochs.
 
 Data:      python -m dip_jax prepare --source=folder --from=imagenet/train --image_size=256 --out=datasets/imagenet256
 Command:   python -m dip_jax train --config=configs/table2_unet.py --workdir=runs/table2_unet
+Needs:     the teacher of the alignment, dinov2_vitb14_pretrain.pth (README, "The teacher"), named by --config.repa.encoder=FILE
 Hardware:  8 GPUs of 48 GB or more; the paper's GPU is not named
 Expected:  FID 2.16, sFID 4.79, IS 276.8, precision 0.82, recall 0.61 (the paper; not reproduced here);
            92 x 8 GPU hours, 0.92 s per image
@@ -15,6 +16,7 @@ from dip_jax.config import defaults
 def get_config() -> ConfigDict:
     config = defaults()
     config.model.update(head="unet")
+    config.repa.update(weight=0.5, encoder="dinov2_vitb14_pretrain.pth")
     config.data.update(path="datasets/imagenet256", source="folder")
     config.eval.update(features="inception", weights="classify_image_graph_def.pb", num_samples=50_000)
     config.eval.reference = "VIRTUAL_imagenet256_labeled.npz"

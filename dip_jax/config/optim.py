@@ -14,7 +14,7 @@ class Optim:
     schedule: str = "constant"  # after the warm-up: constant | cosine (to zero at train.steps)
     warmup_steps: int = 0  # linear from zero
     b1: float = 0.9
-    b2: float = 0.95
+    b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
     grad_clip: float | None = None  # global norm; None is off
