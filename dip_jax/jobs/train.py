@@ -43,6 +43,7 @@ def run(flags: absl_flags.FlagValues) -> None:
     """The command."""
     if not flags.workdir:
         raise UserError("--workdir is missing: name a directory, such as --workdir=runs/demo")
+    storage.require_folder_name(flags.workdir, flag="--workdir")
     config = command_line.read_config(flags)
     if flags.init_from:
         config = dataclasses.replace(
