@@ -1,5 +1,6 @@
 """Paths on a disk or in a bucket: whole files or nothing, and room for them."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -45,6 +46,12 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def file_digest(path: epath.PathLike) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def suffix_of(path: epath.PathLike) -> str:
