@@ -7,7 +7,8 @@ Examples:
   python -m dip_jax evaluate --samples=a.npz --samples=FOLDER_OF_PNGS --reference=datasets/photo_crops/validation
 
 --samples and --reference each take an .npz (arr_0 uint8 [N, H, W, 3] and, if you like, labels arr_1 [N]), a folder of pictures
-of one size, or a dataset directory that `prepare` made; --reference also an ADM file of statistics. Each --samples is a row.
+of one size, a dataset directory that `prepare` made, or an ADM file of statistics, which has distances alone. Each --samples is
+a row.
 With labels the command says where classes are unequal or in an order that spoils the Inception Score.
 Metrics of features=lite0, whose weights a Python package ships, are named so (fid_lite0): they rank models on one dataset
 and compare with no published number.
@@ -34,6 +35,7 @@ from dip_jax.metrics import features as feature_networks
 from dip_jax.metrics import inputs
 from dip_jax.metrics.image_sets import ImageSet, ReferenceFile
 from dip_jax.metrics.judge import Judge, open_judge
+from dip_jax.models import dip
 from dip_jax.reporting import console, report
 from dip_jax.runtime import command_line, distributed, storage, writers
 from dip_jax.runtime.signals import stopping_at_once
@@ -56,7 +58,7 @@ class Evaluation:
         sampling: how the samples were drawn, where they say so themselves (samples of this package do).
     """
 
-    metrics: dict[str, float | int]
+    metrics: dict[str, float | int | None]
     protocol: dict[str, Any]
     notes: list[str]
     sampling: dict[str, Any]
@@ -75,8 +77,9 @@ def evaluate(
     """Judges one set of samples. To judge several against one reference, make a `metrics.judge.Judge`.
 
     Args:
-        samples: uint8 [N, H, W, 3], an .npz of such, a folder of pictures, a dataset directory, or an `ImageSet`.
-        reference: the same, or an ADM reference .npz.
+        samples: uint8 [N, H, W, 3], an .npz of such or of ADM's statistics, a folder of pictures, a dataset directory, or an
+            `ImageSet`.
+        reference: the same.
         features: "lite0" or "inception".
         weights: the user's file of Inception weights.
         batch_size: images per call of the network, over all devices.
@@ -87,10 +90,10 @@ def evaluate(
         UserError: a file is missing, malformed or does not fit the others; before anything is compiled.
     """
     drawn = inputs.sample_set(samples)
-    against = inputs.reference_set(reference, image_size=drawn.image_shape[0])
+    size = drawn.image_shape[0] if isinstance(drawn, ImageSet) else None
+    against = inputs.reference_set(reference, image_size=size)
     network = feature_networks.open_network(features, weights)
     judge = Judge(network, against, gallery=gallery, batch_size=batch_size, cache=cache)
-    judge.require_size(drawn.name, drawn.image_shape)
     verdict = judge(drawn)
     sampling = sample_files.read_settings(samples) if isinstance(samples, str | os.PathLike) else {}
     return Evaluation(verdict.metrics, judge.protocol(), verdict.notes, sampling)
@@ -116,7 +119,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_integer("seed", 0, "with --workdir: seed of the samples", **own)
     absl_flags.DEFINE_bool("quick", False, "with --workdir: leave out the row of the raw (not averaged) weights", **own)
     absl_flags.DEFINE_enum("precision", "default", ("default", "highest"), "highest: float32 throughout", **own)
-    absl_flags.DEFINE_string("cache", kept.default_folder(), "folder for the statistics of references", **own)
+    absl_flags.DEFINE_string("cache", kept.default_folder(), "folder for the statistics of references; empty keeps none", **own)
     command_line.define_processes(flags)
 
 
@@ -140,10 +143,11 @@ def _judge_files(flags: absl_flags.FlagValues) -> None:
     if flags.reference is None:
         raise UserError("--reference is missing: name an .npz, a folder of pictures or a dataset directory to compare with")
     sets = [inputs.sample_set(path) for path in flags.samples]
-    first = {"name": sets[0].name, "image_shape": sets[0].image_shape}
-    judge = open_judge(_wanted(flags, config.Eval()), **first, cache=flags.cache, watched=inputs.with_progress)
+    shapes = {samples.name: samples.image_shape for samples in sets if isinstance(samples, ImageSet)}
+    first = dict(zip(("name", "image_shape"), next(iter(shapes.items()), (sets[0].name, None)), strict=True))
+    judge = open_judge(_wanted(flags, config.Eval()), **first, cache=flags.cache or None, watched=inputs.with_progress)
     for samples in sets:
-        judge.require_size(samples.name, samples.image_shape)
+        judge.require_fit(samples)
     rows, notes, sampling = [], [], {}
     for name, path, samples in zip(_row_names(flags.samples), flags.samples, sets, strict=True):
         verdict = judge(inputs.with_progress(samples))
@@ -190,7 +194,7 @@ def _open_bench(flags: absl_flags.FlagValues, run: config.Config) -> _Bench:
             notes.append(f"No row of real images and no nearest neighbour: {error}.")
     gallery = inputs.dataset_images(train, count=GALLERY) if train and train.num_classes <= _MOST_CLASSES else None
     shape = {"name": "this run", "image_shape": (*run.model.image_size, 3)}
-    judge = open_judge(wanted, **shape, gallery=gallery, cache=flags.cache, watched=inputs.with_progress)
+    judge = open_judge(wanted, **shape, gallery=gallery, cache=flags.cache or None, watched=inputs.with_progress)
     real = inputs.dataset_images(train, count=wanted.num_samples, phase=0.5) if train else None
     names = train.classes if train else [f"class {i}" for i in range(run.model.num_classes)]
     return _Bench(judge, real, names, notes)
@@ -229,6 +233,8 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     drawn = {"seed": flags.seed, "options": run.sample}
     for weights in weights_of:
         model, params = checkpoint.load(path, weights=weights, verify=False)
+        if flags.precision == "highest":
+            model = dip.from_config(dataclasses.replace(model.config, dtype="float32"))
         samples = inputs.drawn_samples(model, params, count=count, name=_ROWS[weights], **drawn)
         if bench:
             judge(weights, samples)
@@ -244,7 +250,7 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
 def _write_workdir(flags, run, bench, rows, notes, *, step, shown, samples, model, params) -> None:
     """The table and the report; `shown` holds pictures by row, `samples` is the last row's set, drawn from `params`."""
     workdir = storage.absolute(flags.workdir)
-    settings, protocol = _sampling(run, seed=flags.seed, step=step), bench.judge.protocol()
+    settings, protocol = _sampling(run, seed=flags.seed, step=step, dtype=model.config.dtype), bench.judge.protocol()
     sampling = {name: settings for name in _ROWS.values() if any(row["row"] == name for row in rows)}
     _tell(rows, protocol, notes, sampling, out=flags.out or workdir / "evaluation.json")
     labels = samples.labels[:_FRAMES]
@@ -258,41 +264,26 @@ def _write_workdir(flags, run, bench, rows, notes, *, step, shown, samples, mode
         history=writers.read_rows(workdir / "metrics.jsonl"),
         metrics=rows,
         config=run,
-        notes=[*notes, *_behind(protocol, sampling)],
+        notes=[*notes, *console.behind(protocol, sampling)],
     )
     distributed.say(f"wrote {file}")
 
 
-def _sampling(run: config.Config, *, seed: int, step: str) -> dict[str, Any]:
+def _sampling(run: config.Config, *, seed: int, step: str, dtype: str) -> dict[str, Any]:
     conditional, unconditional = sampler.nfe(run.sample)
     return dataclasses.asdict(run.sample) | {
         "nfe": {"conditional": conditional, "unconditional": unconditional},
         "seed": seed,
         "step": step,
-        "dtype": run.model.dtype,
+        "dtype": dtype,
     }
 
 
 def _tell(rows: Sequence[Mapping], protocol: Mapping, notes: Sequence[str], sampling: Mapping, *, out: Any) -> None:
     """Prints the table and, in short lines, what is behind it; writes the whole as JSON. `sampling` is by row."""
-    for line in [*console.table(rows), "", *_behind(protocol, sampling), *notes]:
+    for line in [*console.table(rows), "", *console.behind(protocol, sampling), *notes]:
         print(line)
     if out is not None:
         values = {"rows": list(rows), "protocol": protocol, "sampling": sampling, "notes": list(notes)}
         storage.write_text(storage.absolute(out), json.dumps(values, indent=1) + "\n")
         print(f"wrote {out}")
-
-
-def _behind(protocol: Mapping[str, Any], sampling: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How the numbers were taken and, where it is known, how the samples were drawn: the lines that rows share once."""
-    counts = f"{protocol['reference_images']} images" if protocol["reference_images"] else ""
-    lines = {
-        "features": f"{protocol['features']}, images {protocol['input']}" if protocol["input"] else protocol["features"],
-        "reference": ", ".join(filter(None, [protocol["reference"], counts, f"statistics {protocol['reference_statistics']}"])),
-        "neighbours": protocol["precision_recall"],
-        "nearest": protocol["nearest"],
-    }
-    drawn = {name: console.sampling(settings) for name, settings in sampling.items() if settings}
-    if drawn and len(drawn) == len(sampling) and all(words == next(iter(drawn.values())) for words in drawn.values()):
-        return console.aligned(lines | next(iter(drawn.values())))
-    return console.aligned(lines | {name: "; ".join(filter(None, words.values())) for name, words in drawn.items()})

@@ -6,8 +6,8 @@ Examples:
   python -m dip_jax sample --workdir=runs/xl --num_samples=50000 --out=samples.npz   50 per class, labels interleaved
 
 A killed run into an .npz or a directory goes on where it stopped when the same command is given again, on any number of hosts:
-finished batches are kept, and the file is the same to the byte. A .png is drawn anew. Sample i depends on (seed, i, label)
-alone, not on the batch size, the devices or the number of hosts.
+finished batches are kept, and the file is the same to the byte. A .png is drawn anew. Sample i is a function of the weights,
+the options and (seed, i, label); batch size, devices and number of hosts change its rounding at most.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_integer("num_samples", 64, "images to draw", lower_bound=1, **own)
     absl_flags.DEFINE_integer("classes", None, "draw classes 0..N-1, interleaved; default: all classes", **own)
     absl_flags.DEFINE_list("labels", None, "instead: draw these classes, by number or name, interleaved: 207,cat", **own)
-    absl_flags.DEFINE_integer("seed", 0, "image i depends on (seed, i, its class) alone", **own)
+    absl_flags.DEFINE_integer("seed", 0, "image i depends on (seed, i, its class)", **own)
     absl_flags.DEFINE_integer("steps", None, "steps of the solver; default: the run's config, as for the next five", **own)
     absl_flags.DEFINE_float("guidance", None, "guidance scale; 1 is none", **own)
     absl_flags.DEFINE_list("interval", None, "low,high: guidance applies where low < t < high (t=1 is data)", **own)

@@ -88,7 +88,7 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         if config.train.eval_every and not epath.Path(config.eval.reference or "/none/").exists():
             raise UserError(
                 f"train.eval_every={config.train.eval_every} needs eval.reference={config.eval.reference!r} to exist: "
-                "a dataset directory or an .npz"
+                "a dataset directory, a folder of pictures, or an .npz"
             )
         dataset = distributed.on_all(
             lambda: prepared.open_dataset(config.data.path, image_size=size, source=config.data.source)

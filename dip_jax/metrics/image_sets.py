@@ -36,11 +36,12 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class ReferenceFile:
-    """What a reference .npz holds: images, statistics of Inception features, or both; None where not."""
+    """What an .npz named `name` holds: images, statistics of Inception features, or both; None where not."""
 
+    name: str
     images: ImageSet | None
-    pool: Gaussian | None
-    spatial: Gaussian | None
+    pool: Gaussian | None = None
+    spatial: Gaussian | None = None
 
 
 def from_array(images: np.ndarray, labels: Int[np.ndarray, "N"] | None = None, *, name: str = "array") -> ImageSet:

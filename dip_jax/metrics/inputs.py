@@ -103,8 +103,10 @@ def pictures(shown: Sequence[np.ndarray], images: ImageSet | None) -> figures.La
     return figures.Labelled(np.concatenate(shown), images.labels[: sum(map(len, shown))])
 
 
-def with_progress(images: ImageSet) -> ImageSet:
+def with_progress(images: ImageSet | ReferenceFile) -> ImageSet | ReferenceFile:
     """The same set, which shows on stderr how far it was read: a bar on a terminal, else a line now and then."""
+    if isinstance(images, ReferenceFile):
+        return dataclasses.replace(images, images=images.images and with_progress(images.images))
 
     def batches(size: int) -> Iterator[np.ndarray]:
         terminal, done, told = sys.stderr.isatty(), 0, time.monotonic()
@@ -122,8 +124,8 @@ def with_progress(images: ImageSet) -> ImageSet:
     return dataclasses.replace(images, batches=batches)
 
 
-def sample_set(samples: Any) -> ImageSet:
-    """Samples to judge: an `ImageSet`, uint8 [N, H, W, 3], an .npz of such, a folder of pictures, or a prepared dataset.
+def sample_set(samples: Any) -> ImageSet | ReferenceFile:
+    """Samples to judge: an `ImageSet`, uint8 [N, H, W, 3], an .npz of such or of statistics, a folder of pictures, a dataset.
 
     Raises:
         UserError: there is nothing of that name, or it is malformed.
@@ -134,19 +136,19 @@ def sample_set(samples: Any) -> ImageSet:
         return image_sets.from_array(samples)
     path = pathlib.Path(samples).expanduser()
     if not path.is_dir():
-        return npz_files.from_npz(_file(samples))
+        return npz_files.read_samples(_file(samples))
     if not _is_dataset(path):
         return picture_folders.from_folder(path)
     dataset = _open_dataset(path, image_size=None)
     return dataset_images(dataset, count=len(dataset))
 
 
-def reference_set(reference: Any, *, image_size: int) -> ImageSet | ReferenceFile:
+def reference_set(reference: Any, *, image_size: int | None) -> ImageSet | ReferenceFile:
     """What to judge by: as `sample_set`, or the path of an ADM reference .npz.
 
     Args:
         reference: which.
-        image_size: at which a dataset of originals is cropped.
+        image_size: at which a dataset of originals is cropped; None where nobody says.
 
     Raises:
         UserError: there is nothing of that name, or it is malformed.

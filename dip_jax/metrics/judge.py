@@ -1,8 +1,7 @@
 """A feature network and a reference, ready to put numbers on sets of samples."""
 
-import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +24,12 @@ class Verdict:
     """What a judge says of a set of samples.
 
     Attributes:
-        metrics: every metric by name; the names carry the network's suffix, and N is the number of samples.
+        metrics: every metric by name; the names carry the network's suffix, and N is the number of samples, None where a file
+            of statistics does not say it.
         notes: what a reader of these numbers must know, as sentences.
     """
 
-    metrics: dict[str, float | int]
+    metrics: dict[str, float | int | None]
     notes: list[str]
 
 
@@ -57,7 +57,7 @@ class Judge:
         cache: epath.PathLike | None = None,
     ):
         if isinstance(reference, ImageSet):
-            reference = ReferenceFile(reference, None, None)
+            reference = ReferenceFile(reference.name, reference)
         self._network, self._batch_size, self._cache = network, batch_size, cache
         self._images, self._gallery = reference.images, gallery
         self._given = _given(network, reference)
@@ -70,8 +70,23 @@ class Judge:
             if images is not None:
                 _require_enough(images)
 
+    def require_fit(self, samples: ImageSet | ReferenceFile) -> None:
+        """Checks, before anything is computed, that samples can be judged.
+
+        Raises:
+            UserError: they are too few, or of another size than the reference's images, or statistics of another network.
+        """
+        if isinstance(samples, ImageSet):
+            _require_enough(samples)
+            self.require_size(samples.name, samples.image_shape)
+        elif not _given(self._network, samples):
+            raise UserError(
+                f"{samples.name} holds statistics of Inception features but no images (arr_0), and features="
+                f"{self._network.name} needs images"
+            )
+
     def require_size(self, name: str, image_shape: tuple[int, int, int]) -> None:
-        """Checks, before anything is computed, that samples of this shape can be judged.
+        """Checks that samples of this shape can be judged.
 
         Raises:
             UserError: the reference's images are of another size.
@@ -98,24 +113,28 @@ class Judge:
     def _gaussians(self) -> dict[str, Gaussian]:
         return self._given or self._reference.gaussians
 
-    def __call__(self, samples: ImageSet) -> Verdict:
-        """Every metric of the samples. Takes this process's devices alone, also inside a run whose mesh spans several hosts.
+    def __call__(self, samples: ImageSet | ReferenceFile) -> Verdict:
+        """Every metric of the samples; of statistics the distances.
+
+        Takes this process's devices alone, also inside a run whose mesh spans several hosts.
 
         Raises:
-            UserError: they are too few, or of another size than the reference's images.
+            UserError: as `require_fit`.
         """
+        self.require_fit(samples)
         with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.local_devices()[:1])):
+            if isinstance(samples, ReferenceFile):
+                distances = self._distances(_given(self._network, samples))
+                return Verdict({"N": None} | distances, [f"{samples.name} holds no images, so distances are all that it has."])
             return self._judge(samples)
 
-    def _judge(self, samples: ImageSet) -> Verdict:
-        _require_enough(samples)
-        self.require_size(samples.name, samples.image_shape)
-        drawn = feature_networks.summarise(self._network, samples, batch_size=self._batch_size, with_logits=True)
+    def _distances(self, gaussians: Mapping[str, Gaussian]) -> dict[str, float]:
         names = {"pool": "fid", "spatial": "sfid"}
-        values = {
-            names[key]: statistics.frechet_distance(drawn.gaussians[key], other) for key, other in self._gaussians.items()
-        }
-        values["is"] = statistics.inception_score(drawn.logits)
+        return {names[key]: statistics.frechet_distance(gaussians[key], other) for key, other in self._gaussians.items()}
+
+    def _judge(self, samples: ImageSet) -> Verdict:
+        drawn = feature_networks.summarise(self._network, samples, batch_size=self._batch_size, with_logits=True)
+        values = self._distances(drawn.gaussians) | {"is": statistics.inception_score(drawn.logits)}
         if self._reference is not None:
             both = statistics.precision_recall(drawn.vectors, self._reference.vectors)
             values |= {"precision": both.precision, "recall": both.recall}
@@ -187,17 +206,18 @@ def open_judge(
     wanted: config.Eval,
     *,
     name: str,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, int, int] | None,
     gallery: ImageSet | None = None,
     cache: epath.PathLike | None = None,
-    watched: Callable[[ImageSet], ImageSet] = lambda images: images,
+    watched: Callable[[ImageSet | ReferenceFile], ImageSet | ReferenceFile] = lambda images: images,
 ) -> Judge:
     """The judge that a config section asks for; opened before anything is compiled, so that a missing file is told at once.
 
     Args:
         wanted: the section.
         name: what a message calls the samples.
-        image_shape: theirs, which the reference's must equal; a reference that stores originals is cropped to it.
+        image_shape: theirs, which the reference's must equal; a reference that stores originals is cropped to it. None of
+            statistics.
         gallery, cache: as of `Judge`.
         watched: what tells how far the reference is read.
 
@@ -205,11 +225,8 @@ def open_judge(
         UserError: the reference or the weights are missing, or do not fit the samples or together.
     """
     network = feature_networks.open_network(wanted.features, wanted.weights)
-    against = inputs.reference_set(wanted.reference, image_size=image_shape[0])
-    if isinstance(against, ImageSet):
-        against = ReferenceFile(against, None, None)
-    if against.images is not None:
-        against = dataclasses.replace(against, images=watched(against.images))
-    judge = Judge(network, against, gallery=gallery, batch_size=wanted.batch_size, cache=cache)
-    judge.require_size(name, image_shape)
+    against = inputs.reference_set(wanted.reference, image_size=None if image_shape is None else image_shape[0])
+    judge = Judge(network, watched(against), gallery=gallery, batch_size=wanted.batch_size, cache=cache)
+    if image_shape is not None:
+        judge.require_size(name, image_shape)
     return judge

@@ -5,7 +5,7 @@ import numpy as np
 from dip_jax.metrics.image_sets import ImageSet
 from dip_jax.metrics.statistics import SPLIT
 
-_LOST = 0.1  # nats: the Inception Score is then too low by a tenth
+_LOST = 1.1  # a factor in the Inception Score
 _SURE = 4  # standard errors
 
 
@@ -20,28 +20,27 @@ def class_notes(samples: ImageSet) -> list[str]:
             f"{samples.name}: {counts.min()} to {counts.max()} images per class; numbers of one protocol have equally many, "
             "so compare only with sets of the same shares."
         )
-    lost, seen = _lost_to_the_order(ranks, len(counts))
-    if lost > _LOST:
+    factor, chance, seen = _lost_to_the_order(ranks, len(counts))
+    if factor > _LOST * chance**2:
         lines.append(
             f"{samples.name}: the images lie in order of their classes: a split of {SPLIT} images holds {seen:.0f} of "
-            f"{len(counts)} classes. The Inception Score is a mean over such splits and too low, by up to a factor of "
-            f"{np.exp(lost):.1f}: interleave or shuffle images and labels together. No other number depends on the order."
+            f"{len(counts)} classes on average. The Inception Score is a mean over such splits and too low, by up to a factor of "
+            f"{factor:.1f}: interleave or shuffle images and labels together. No other number depends on the order."
         )
     return lines
 
 
-def _lost_to_the_order(ranks: np.ndarray, classes: int) -> tuple[float, float]:
-    """Nats that the splits' class entropy lacks beside that of the whole, beyond what chance explains; classes seen per split.
+def _lost_to_the_order(ranks: np.ndarray, classes: int) -> tuple[float, float, float]:
+    """(factor by which the score of a model whose classes are all recognised falls; what chance explains of it; classes seen).
 
-    The logarithm of the Inception Score is the information between image and predicted class within a split, so the score of
-    a perfect model lacks exactly this factor. Classes drawn at random lack (classes - 1) (splits - 1) / 2N on average.
+    Such a model's score within a split is the exponential of the entropy of the split's classes. Classes drawn at random have
+    an entropy that is (classes - 1) (splits - 1) / 2N lower in splits than in the whole.
     """
     starts = range(0, len(ranks), SPLIT)
-    tables = np.stack([np.bincount(ranks[start : start + SPLIT], minlength=classes) for start in starts]).astype(np.float64)
-    sizes = tables.sum(axis=1)
-    within = (sizes * np.array([_entropy(table) for table in tables])).sum() / sizes.sum()
-    chance = (classes - 1) * (len(tables) - 1) / (2 * len(ranks))
-    return _entropy(tables.sum(axis=0)) - within - 2 * chance, float((tables > 0).sum(axis=1).mean())
+    tables = np.stack([np.bincount(ranks[start : start + SPLIT], minlength=classes) for start in starts])
+    within = np.mean([np.exp(_entropy(table)) for table in tables])
+    chance = np.exp((classes - 1) * (len(tables) - 1) / (2 * len(ranks)))
+    return float(np.exp(_entropy(tables.sum(axis=0))) / within), float(chance), float((tables > 0).sum(axis=1).mean())
 
 
 def _entropy(counts: np.ndarray) -> float:

@@ -72,9 +72,20 @@ def read_reference(path: str | os.PathLike) -> ReferenceFile:
         )
     images = from_npz(path) if "arr_0" in names else None
     if not found:
-        return ReferenceFile(images, None, None)
+        return ReferenceFile(os.fspath(path), images)
     pool, spatial = (_gaussian(path, found, suffix) for suffix in ("", "_s"))
-    return ReferenceFile(images, pool, spatial)
+    return ReferenceFile(os.fspath(path), images, pool, spatial)
+
+
+def read_samples(path: str | os.PathLike) -> ImageSet | ReferenceFile:
+    """The images of an .npz or, where it has none, the statistics of Inception features that somebody took of samples.
+
+    Raises:
+        UserError: as `from_npz` and `read_reference`.
+    """
+    with _open(path) as archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+    return read_reference(path) if "arr_0" not in names and names & set(_STATISTICS) else from_npz(path)
 
 
 def _gaussian(path: Any, found: dict[str, np.ndarray], suffix: str) -> Gaussian:

@@ -47,6 +47,24 @@ def sampling(settings: Mapping[str, Any]) -> dict[str, str]:
     return {key: ", ".join(str(part) for part in parts if part is not None) for key, parts in lines.items()}
 
 
+def behind(protocol: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How the numbers were taken (a judge's protocol) and, where it is known, how the samples of each row were drawn.
+
+    What all rows share stands there once.
+    """
+    counts = f"{protocol['reference_images']} images" if protocol["reference_images"] else ""
+    lines = {
+        "features": f"{protocol['features']}, images {protocol['input']}" if protocol["input"] else protocol["features"],
+        "reference": ", ".join(filter(None, [protocol["reference"], counts, f"statistics {protocol['reference_statistics']}"])),
+        "neighbours": protocol["precision_recall"],
+        "nearest": protocol["nearest"],
+    }
+    drawn = {name: sampling(values) for name, values in settings.items() if values}
+    if drawn and len(drawn) == len(settings) and all(words == next(iter(drawn.values())) for words in drawn.values()):
+        return aligned(lines | next(iter(drawn.values())))
+    return aligned(lines | {name: "; ".join(filter(None, words.values())) for name, words in drawn.items()})
+
+
 def _with(settings: Mapping[str, Any], key: str, form: str) -> str | None:
     value = settings.get(key)
     try:

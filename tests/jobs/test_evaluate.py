@@ -242,13 +242,15 @@ def test_a_workdir_gives_a_row_per_weights_and_a_report(tmp_path, capsys):
 def test_converted_weights_are_judged_without_data_or_a_training_state(dataset, tmp_path):
     """They have the averaged weights alone, and the config of no run."""
     small = {"depth": 1, "width": 32, "num_heads": 2, "patch_size": 8, "image_size": (16, 16), "num_classes": 3}
-    run = config.Config(model=config.Model(size="tiny", head_width=4, dtype="float32", **small), sample=config.Sample(steps=2))
+    run = config.Config(model=config.Model(size="tiny", head_width=4, dtype="bfloat16", **small), sample=config.Sample(steps=2))
     params = jax.jit(dip.from_config(run.model).init)(jax.random.key(1))
     checkpoint.write_weights(tmp_path / "run", params, config=run)
     workdir, count = f"--workdir={tmp_path}/run", "--num_samples=8"
     with pytest.raises(UserError, match="--reference is missing"):
         command(workdir, count)
-    command(workdir, count, f"--reference={dataset}", f"--cache={tmp_path}/cache")
+    command(workdir, count, f"--reference={dataset}", f"--cache={tmp_path}/cache", "--precision=highest")
+    drawn = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sampling"]["averaged weights (EMA)"]
+    assert drawn["dtype"] == "float32"
     (row,) = rows_of(tmp_path / "run")
     assert row["row"] == "averaged weights (EMA)" and row["N"] == 8 and "nearest_toy" not in row
     assert "class 2" in (tmp_path / "run" / "report.html").read_text()

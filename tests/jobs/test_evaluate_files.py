@@ -4,11 +4,12 @@ import dataclasses
 import json
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_data
 from PIL import Image
-from toy_network import network
+from toy_network import halves, network
 
 from dip_jax.__main__ import main
 from dip_jax.data import shards
@@ -166,6 +167,24 @@ def test_a_set_without_faults_has_no_note():
     write("r.npz", pictures(2, 50, warm=20))
     notes = evaluate("s.npz", "s", "dataset_s")["notes"]
     assert notes == ["Metrics in *_toy come from another network than published FIDs; they do not compare."]
+
+
+def test_statistics_that_somebody_took_have_distances_alone(monkeypatch):
+    monkeypatch.setitem(features.NETWORKS, "inception", lambda weights: network(suffix=""))
+    images = pictures(1, 60)
+    moments = {name: np.asarray(value, np.float64) for name, value in halves(jnp.asarray(images)).items()}
+    arrays = {"mu": moments["pool"].mean(axis=0), "sigma": np.cov(moments["pool"], rowvar=False)}
+    arrays |= {"mu_s": moments["spatial"].mean(axis=0), "sigma_s": np.cov(moments["spatial"], rowvar=False)}
+    np.savez("statistics.npz", **arrays)
+    write("s.npz", images)
+    write("r.npz", pictures(2, 50))
+    found = evaluate("statistics.npz", "s.npz", more=["--features=inception"])
+    alone, own = found["rows"]
+    assert list(alone) == ["row", "N", "fid", "sfid"] and alone["N"] is None
+    assert alone["fid"] == pytest.approx(own["fid"], rel=1e-4) and alone["sfid"] == pytest.approx(own["sfid"], rel=1e-4)
+    assert "statistics.npz holds no images, so distances are all that it has." in found["notes"]
+    assert evaluate("statistics.npz", reference="statistics.npz", more=["--features=inception"])["rows"][0]["fid"] == 0
+    assert evaluate("statistics.npz") == 2  # lite0 is another network
 
 
 MISTAKES = {

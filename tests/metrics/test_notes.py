@@ -20,17 +20,21 @@ SORTED, INTERLEAVED = np.arange(N) // (N // K), np.arange(N) % K
 BLOCKS = np.arange(N) // 100 % K  # a hundred of a class at a time
 
 
-@pytest.mark.parametrize("labels, seen", [(SORTED, 3), (SORTED[::-1], 3), (SORTED // 5, 1)], ids=["rising", "falling", "two"])
+@pytest.mark.parametrize(
+    "labels, seen",
+    [(SORTED, 3), (SORTED[::-1], 3), (SORTED // 5, 1), (np.arange(6000) // 600, 6)],  # the last: splits of 5000 and of 1000
+    ids=["rising", "falling", "two", "a short split"],
+)
 def test_a_sorted_order_is_told_with_what_it_costs(labels, seen):
     """The factor is that by which the score of a network that knows every class falls."""
     (note,) = order_note(labels)
     assert f"a split of 5000 images holds {seen} of {len(np.unique(labels))} classes" in note
-    logits = np.full((N, K), -40.0)
-    logits[np.arange(N), labels] = 40.0
-    shuffled = np.random.default_rng(0).permutation(N)
+    logits = np.full((len(labels), K), -40.0)
+    logits[np.arange(len(labels)), labels] = 40.0
+    shuffled = np.random.default_rng(0).permutation(len(labels))
     true = statistics.inception_score(logits[shuffled]) / statistics.inception_score(logits)
     told = float(note.split("by up to a factor of ")[1].split(":")[0])
-    assert true > 1.9 and told == pytest.approx(true, rel=0.05)
+    assert true > 1.8 and told == pytest.approx(true, rel=0.05)
 
 
 @pytest.mark.parametrize(
