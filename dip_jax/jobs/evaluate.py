@@ -194,7 +194,8 @@ def _open_bench(flags: absl_flags.FlagValues, run: config.Config) -> _Bench:
             notes.append(f"No row of real images and no nearest neighbour: {error}.")
     gallery = inputs.dataset_images(train, count=GALLERY) if train and train.num_classes <= _MOST_CLASSES else None
     shape = {"name": "this run", "image_shape": (*run.model.image_size, 3)}
-    judge = open_judge(wanted, **shape, gallery=gallery, cache=flags.cache or None, watched=inputs.with_progress)
+    watched = gallery and inputs.with_progress(gallery)
+    judge = open_judge(wanted, **shape, gallery=watched, cache=flags.cache or None, watched=inputs.with_progress)
     real = inputs.dataset_images(train, count=wanted.num_samples, phase=0.5) if train else None
     names = train.classes if train else [f"class {i}" for i in range(run.model.num_classes)]
     return _Bench(judge, real, names, notes)
@@ -215,7 +216,7 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     run = record.config
     count = _wanted(flags, run.eval).num_samples
     weights_of = _rows_of(path, record, quick=flags.quick)
-    distributed.say(f"step {path.name}: {len(weights_of)} times {count} samples are drawn and judged")
+    distributed.say(f"step {path.name}: {count} samples each of {', '.join(_ROWS[weights] for weights in weights_of)}")
     bench = distributed.on_main(lambda: _open_bench(flags, run))
     rows: list[dict[str, Any]] = []
     notes: list[str] = []

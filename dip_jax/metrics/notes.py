@@ -24,8 +24,8 @@ def class_notes(samples: ImageSet) -> list[str]:
     if factor > _LOST * chance**2:
         lines.append(
             f"{samples.name}: the images lie in order of their classes: a split of {SPLIT} images holds {seen:.0f} of "
-            f"{len(counts)} classes on average. The Inception Score is a mean over such splits and too low, by up to a factor of "
-            f"{factor:.1f}: interleave or shuffle images and labels together. No other number depends on the order."
+            f"{len(counts)} classes on average. The Inception Score is a mean over such splits and too low, by up to a factor "
+            f"of {factor:.1f}: interleave or shuffle images and labels together. No other number depends on the order."
         )
     return lines
 

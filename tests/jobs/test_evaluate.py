@@ -262,4 +262,10 @@ def test_a_run_whose_data_went_elsewhere_is_judged_and_says_what_is_missing(data
     run = config.Config(model=model, sample=config.Sample(steps=2), data=config.Data(path=str(tmp_path / "gone")))
     checkpoint.write_weights(tmp_path / "run", jax.jit(dip.from_config(model).init)(jax.random.key(1)), config=run)
     command(f"--workdir={tmp_path}/run", "--num_samples=8", f"--reference={dataset}", f"--cache={tmp_path}/cache")
-    assert "No row of real images and no nearest neighbour: no dataset at" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "No row of real images and no nearest neighbour: no dataset at" in printed.out
+    assert [line for line in printed.err.splitlines() if not line.startswith("data")][:3] == [
+        f"reading the newest checkpoint of {tmp_path}/run",
+        "step 0: 8 samples each of averaged weights (EMA)",
+        "averaged weights (EMA): 8 images",
+    ]
