@@ -125,7 +125,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 
 def run(flags: absl_flags.FlagValues) -> None:
     """The command. Of several hosts all draw; the first alone judges and writes while the others wait."""
-    if (flags.workdir is None) == (flags.samples is None):
+    if bool(flags.workdir) == all(flags.samples or [""]):  # an empty name is none
         raise UserError("name one of --samples=FILE.npz (or a folder) and --workdir=DIR")
     if flags.out is not None:
         storage.require_file_name(flags.out, flag="--out", suffix=".json")
@@ -140,7 +140,7 @@ def run(flags: absl_flags.FlagValues) -> None:
 
 def _judge_files(flags: absl_flags.FlagValues) -> None:
     """A row for each --samples; all are opened, and held against the reference's size, before the first is judged."""
-    if flags.reference is None:
+    if not flags.reference:
         raise UserError("--reference is missing: name an .npz, a folder of pictures or a dataset directory to compare with")
     sets = [inputs.sample_set(path) for path in flags.samples]
     shapes = {samples.name: samples.image_shape for samples in sets if isinstance(samples, ImageSet)}

@@ -180,7 +180,9 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     [
         ([], "name one of --samples"),
         (["--samples=a.npz", "--workdir=b"], "name one of"),
+        (["--samples="], "name one of"),
         (["--samples=a.npz"], "--reference is missing"),
+        (["--samples=a.npz", "--reference="], "--reference is missing"),
         (["--samples=a.npz", "--reference=b.npz"], r"a\.npz: no such file"),
         (["--workdir=nowhere"], "is no directory"),
     ],

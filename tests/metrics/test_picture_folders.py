@@ -5,8 +5,8 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
 from pictures import encoded
+from PIL import Image
 
 from dip_jax.errors import UserError
 from dip_jax.metrics import picture_folders
