@@ -43,12 +43,12 @@ def test_a_sorted_order_is_told_with_what_it_costs(labels, seen):
         INTERLEAVED,
         BLOCKS,
         np.random.default_rng(0).integers(0, K, N),
-        np.random.default_rng(1).integers(0, 1000, 50_000),  # few of each in a split, by chance
+        np.random.default_rng(1).integers(0, 2000, 50_000),  # few of each in a split, by chance
         np.arange(50_000) % 1000,
         np.arange(5000) // 500,  # one split: its order does not enter
         np.zeros(N, int),
     ],
-    ids=["interleaved", "blocks", "random", "1000 random", "1000 interleaved", "one split", "one class"],
+    ids=["interleaved", "blocks", "random", "2000 random", "1000 interleaved", "one split", "one class"],
 )
 def test_an_order_that_does_not_matter_is_no_note(labels):
     assert not order_note(labels)
