@@ -34,7 +34,7 @@ ONE_DOOR = {  # third-party module -> the only places that may import it
     "flax.linen": ("models.",),
     "orbax": ("checkpoints.checkpoint",),
     "tensorboardX": ("runtime.writers", "metrics."),
-    "matplotlib": ("reporting.figures",),
+    "matplotlib": ("reporting.",),
     "grain": ("data.",),
     "tensorflow_datasets": ("data.",),
     "array_record": ("data.", "jobs.prepare"),

@@ -51,7 +51,7 @@ def quality(workdir: pathlib.Path, scale: Scale, data: pathlib.Path) -> dict[str
     objective = checkpoint.read_record(directories.find(workdir, verify=False, report=print)).config.flow
     return {
         "loss": validation_loss(model, params, images, labels, objective=objective),
-        "fid_lite0": judge(data, scale.num_reference)(samples)["fid_lite0"],
+        "fid_lite0": judge(data, scale.num_reference)(samples).metrics["fid_lite0"],
         "N": scale.num_samples,
         "parameters": sum(counts.values()),
         "head_parameters": counts.get("head", 0) + counts.get("inject_head", 0) + counts.get("inject", 0),

@@ -9,7 +9,7 @@ from dip_jax.config.checks import one_of, positive
 class Eval:
     """What a sample set is judged with."""
 
-    reference: str = ""  # prepared dataset directory, or an .npz of images or of ADM statistics
+    reference: str = ""  # prepared dataset, folder of pictures, or an .npz of images or of ADM statistics
     features: str = "lite0"  # lite0 | inception; anything but inception carries its name in the metric's name
     weights: str = ""  # file of the inception weights
     num_samples: int = 500

@@ -71,6 +71,7 @@ def run(flags: absl_flags.FlagValues) -> None:
     """The command."""
     source, dtype = flags["from"].value, flags.dtype
     if flags.to is None:
+        storage.require_folder_name(flags.out, flag="--out")
         image_size = None if flags.image_size is None else _sides(flags.image_size)
         options = {"weights": flags.weights, "image_size": image_size, "dtype": dtype or "bfloat16"}
         path = convert(source, checkpoint=flags.checkpoint, out=flags.out, **options)

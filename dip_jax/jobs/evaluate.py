@@ -1,13 +1,15 @@
-"""Judge samples: FID, sFID, Inception Score, precision, recall, and the protocol behind the numbers.
+"""Judge samples of any framework: FID, sFID, Inception Score, precision, recall, and the protocol behind the numbers.
 
 Examples:
   python -m dip_jax evaluate --workdir=runs/demo                             draws samples, compares, writes report.html
   python -m dip_jax evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz --features=inception \\
       --weights=classify_image_graph_def.pb --out=metrics.json               the ADM protocol
-  python -m dip_jax evaluate --samples=samples.npz --reference=datasets/photo_crops/validation --features=lite0
+  python -m dip_jax evaluate --samples=a.npz --samples=FOLDER_OF_PNGS --reference=datasets/photo_crops/validation
 
---samples takes an .npz from any framework: arr_0 uint8 [N, H, W, 3] and, for the nearest neighbour, labels arr_1 [N].
---reference takes an ADM .npz, an .npz of images, or a dataset directory that `prepare` made.
+--samples and --reference each take an .npz (arr_0 uint8 [N, H, W, 3] and, if you like, labels arr_1 [N]), a folder of pictures
+of one size, a dataset directory that `prepare` made, or an ADM file of statistics, which has distances alone. Each --samples is
+a row.
+With labels the command says where classes are unequal or in an order that spoils the Inception Score.
 Metrics of features=lite0, whose weights a Python package ships, are named so (fid_lite0): they rank models on one dataset
 and compare with no published number.
 """
@@ -28,11 +30,13 @@ from dip_jax import config
 from dip_jax.checkpoints import checkpoint, directories
 from dip_jax.data import prepared
 from dip_jax.errors import Exit, Interrupted, UserError
+from dip_jax.metrics import cache as kept
 from dip_jax.metrics import features as feature_networks
 from dip_jax.metrics import inputs
 from dip_jax.metrics.image_sets import ImageSet, ReferenceFile
-from dip_jax.metrics.judge import Judge, default_cache, open_judge
-from dip_jax.reporting import report
+from dip_jax.metrics.judge import Judge, open_judge
+from dip_jax.models import dip
+from dip_jax.reporting import console, report
 from dip_jax.runtime import command_line, distributed, storage, writers
 from dip_jax.runtime.signals import stopping_at_once
 from dip_jax.sampling import sample_files, sampler, trajectories
@@ -51,11 +55,13 @@ class Evaluation:
         metrics: by name, with "N"; names end in the feature network's suffix.
         protocol: JSON values.
         notes: sentences that a reader of the numbers needs.
+        sampling: how the samples were drawn, where they say so themselves (samples of this package do).
     """
 
-    metrics: dict[str, float | int]
+    metrics: dict[str, float | int | None]
     protocol: dict[str, Any]
     notes: list[str]
+    sampling: dict[str, Any]
 
 
 def evaluate(
@@ -71,8 +77,9 @@ def evaluate(
     """Judges one set of samples. To judge several against one reference, make a `metrics.judge.Judge`.
 
     Args:
-        samples: uint8 [N, H, W, 3], an .npz of such, or an `ImageSet`.
-        reference: the same, an ADM reference .npz, or a dataset directory.
+        samples: uint8 [N, H, W, 3], an .npz of such or of ADM's statistics, a folder of pictures, a dataset directory, or an
+            `ImageSet`.
+        reference: the same.
         features: "lite0" or "inception".
         weights: the user's file of Inception weights.
         batch_size: images per call of the network, over all devices.
@@ -83,52 +90,78 @@ def evaluate(
         UserError: a file is missing, malformed or does not fit the others; before anything is compiled.
     """
     drawn = inputs.sample_set(samples)
-    against = inputs.reference_set(reference, image_size=drawn.image_shape[0])
+    size = drawn.image_shape[0] if isinstance(drawn, ImageSet) else None
+    against = inputs.reference_set(reference, image_size=size)
     network = feature_networks.open_network(features, weights)
     judge = Judge(network, against, gallery=gallery, batch_size=batch_size, cache=cache)
-    return Evaluation(judge(drawn), judge.protocol(), judge.notes(drawn.count))
+    verdict = judge(drawn)
+    sampling = sample_files.read_settings(samples) if isinstance(samples, str | os.PathLike) else {}
+    return Evaluation(verdict.metrics, judge.protocol(), verdict.notes, sampling)
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
     """The command's flags."""
     own = {"flag_values": flags}
-    absl_flags.DEFINE_string("samples", None, "FILE.npz of samples from any framework: arr_0 uint8 [N,H,W,3]", **own)
+    absl_flags.DEFINE_multi_string(
+        "samples", None, ".npz, folder of pictures or dataset directory; given several times, a row each", **own
+    )
     absl_flags.DEFINE_string("workdir", None, "instead: a run, whose weights draw the samples", **own)
-    absl_flags.DEFINE_string("reference", None, "FILE.npz or dataset directory; with --workdir by default the run's own", **own)
-    absl_flags.DEFINE_string("features", None, "inception or lite0; default: the run's config, else lite0", **own)
-    absl_flags.DEFINE_string("weights", None, "file of Inception weights; default: the run's config", **own)
+    absl_flags.DEFINE_string(
+        "reference", None, "what to compare with; with --workdir by default the config's eval.reference", **own
+    )
+    absl_flags.DEFINE_string("features", None, "inception or lite0; default: with --workdir the config's, else lite0", **own)
+    absl_flags.DEFINE_string("weights", None, "file of Inception weights; default: with --workdir the config's", **own)
     absl_flags.DEFINE_string("out", None, "FILE.json; with --workdir by default WORKDIR/evaluation.json", **own)
-    absl_flags.DEFINE_integer("batch_size", None, "images per call of the feature network; default: the config's", **own)
-    absl_flags.DEFINE_integer("num_samples", None, "with --workdir: samples per row; default: the run's config", **own)
+    absl_flags.DEFINE_integer(
+        "batch_size", None, "images per call of the feature network; default: with --workdir the config's, else 50", **own
+    )
+    absl_flags.DEFINE_integer("num_samples", None, "with --workdir: samples per row; default: the config's", **own)
     absl_flags.DEFINE_integer("seed", 0, "with --workdir: seed of the samples", **own)
     absl_flags.DEFINE_bool("quick", False, "with --workdir: leave out the row of the raw (not averaged) weights", **own)
     absl_flags.DEFINE_enum("precision", "default", ("default", "highest"), "highest: float32 throughout", **own)
-    absl_flags.DEFINE_string("cache", default_cache(), "folder for the statistics of references", **own)
+    absl_flags.DEFINE_string("cache", kept.default_folder(), "folder for the statistics of references; empty keeps none", **own)
     command_line.define_processes(flags)
 
 
 def run(flags: absl_flags.FlagValues) -> None:
     """The command. Of several hosts all draw; the first alone judges and writes while the others wait."""
-    if (flags.workdir is None) == (flags.samples is None):
-        raise UserError("name one of --samples=FILE.npz and --workdir=DIR")
+    if bool(flags.workdir) == all(flags.samples or [""]):  # an empty name is none
+        raise UserError("name one of --samples=FILE.npz (or a folder) and --workdir=DIR")
+    if flags.out is not None:
+        storage.require_file_name(flags.out, flag="--out", suffix=".json")
     distributed.start()
     precision = "highest" if flags.precision == "highest" else None
     with stopping_at_once(), jax.default_matmul_precision(precision):
         try:
-            _judge_workdir(flags) if flags.workdir else distributed.on_main(lambda: _judge_file(flags))
+            _judge_workdir(flags) if flags.workdir else distributed.on_main(lambda: _judge_files(flags))
         except KeyboardInterrupt:
             raise Interrupted("stopped, nothing was written; the same command starts again", code=Exit.INTERRUPTED) from None
 
 
-def _judge_file(flags: absl_flags.FlagValues) -> None:
-    if flags.reference is None:
-        raise UserError("--reference is missing: name an .npz or a dataset directory to compare with")
-    samples = inputs.with_progress(inputs.sample_set(flags.samples))
-    judge = open_judge(_wanted(flags, config.Eval()), image_size=samples.image_shape[0], cache=flags.cache)
-    metrics = judge(samples)
-    sampling = sample_files.read_settings(flags.samples)
-    row = {"row": os.path.basename(flags.samples)} | metrics
-    _tell([row], judge.protocol(), judge.notes(samples.count), sampling, out=flags.out)
+def _judge_files(flags: absl_flags.FlagValues) -> None:
+    """A row for each --samples; all are opened, and held against the reference's size, before the first is judged."""
+    if not flags.reference:
+        raise UserError("--reference is missing: name an .npz, a folder of pictures or a dataset directory to compare with")
+    sets = [inputs.sample_set(path) for path in flags.samples]
+    shapes = {samples.name: samples.image_shape for samples in sets if isinstance(samples, ImageSet)}
+    first = dict(zip(("name", "image_shape"), next(iter(shapes.items()), (sets[0].name, None)), strict=True))
+    judge = open_judge(_wanted(flags, config.Eval()), **first, cache=flags.cache or None, watched=inputs.with_progress)
+    for samples in sets:
+        judge.require_fit(samples)
+    rows, notes, sampling = [], [], {}
+    for name, path, samples in zip(_row_names(flags.samples), flags.samples, sets, strict=True):
+        verdict = judge(inputs.with_progress(samples))
+        rows.append({"row": name} | verdict.metrics)
+        notes += [note for note in verdict.notes if note not in notes]
+        sampling[name] = sample_files.read_settings(path)
+    _tell(rows, judge.protocol(), notes, sampling, out=flags.out)
+
+
+def _row_names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, or the whole where two share it; a path that is given twice is numbered."""
+    short = [os.path.basename(path.rstrip("/")) for path in paths]
+    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+    return [name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)]
 
 
 def _wanted(flags: absl_flags.FlagValues, base: config.Eval) -> config.Eval:
@@ -160,7 +193,9 @@ def _open_bench(flags: absl_flags.FlagValues, run: config.Config) -> _Bench:
         except UserError as error:
             notes.append(f"No row of real images and no nearest neighbour: {error}.")
     gallery = inputs.dataset_images(train, count=GALLERY) if train and train.num_classes <= _MOST_CLASSES else None
-    judge = open_judge(wanted, image_size=size, gallery=gallery, cache=flags.cache)
+    shape = {"name": "this run", "image_shape": (*run.model.image_size, 3)}
+    watched = gallery and inputs.with_progress(gallery)
+    judge = open_judge(wanted, **shape, gallery=watched, cache=flags.cache or None, watched=inputs.with_progress)
     real = inputs.dataset_images(train, count=wanted.num_samples, phase=0.5) if train else None
     names = train.classes if train else [f"class {i}" for i in range(run.model.num_classes)]
     return _Bench(judge, real, names, notes)
@@ -175,24 +210,32 @@ def _rows_of(path: epath.Path, record: checkpoint.Record, *, quick: bool) -> lis
 def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     """A row each for real images, the untrained network, the last weights and their average; and the report."""
     unread = checkpoint.ITEMS_UNREAD["ema"] if flags.quick else ()
+    distributed.say(f"reading the newest checkpoint of {flags.workdir}")
     path = directories.find(flags.workdir, verify=True, report=distributed.say, unread=unread)
     record = checkpoint.read_record(path)
     run = record.config
     count = _wanted(flags, run.eval).num_samples
+    weights_of = _rows_of(path, record, quick=flags.quick)
+    distributed.say(f"step {path.name}: {count} samples each of {', '.join(_ROWS[weights] for weights in weights_of)}")
     bench = distributed.on_main(lambda: _open_bench(flags, run))
     rows: list[dict[str, Any]] = []
+    notes: list[str] = []
     shown: dict[str, list[np.ndarray]] = {"real": []}
 
     def judge(name: str, images: ImageSet) -> None:
         shown[name] = []
-        rows.append({"row": images.name} | bench.judge(inputs.with_progress(inputs.keeping(images, shown[name]))))
+        verdict = bench.judge(inputs.with_progress(inputs.keeping(images, shown[name])))
+        rows.append({"row": images.name} | verdict.metrics)
+        notes.extend(note for note in verdict.notes if note not in notes)
 
     if bench and bench.real:
         judge("real", dataclasses.replace(bench.real, name="real training images"))
     distributed.agree(0)  # hosts draw together, so they start together
     drawn = {"seed": flags.seed, "options": run.sample}
-    for weights in _rows_of(path, record, quick=flags.quick):
+    for weights in weights_of:
         model, params = checkpoint.load(path, weights=weights, verify=False)
+        if flags.precision == "highest":
+            model = dip.from_config(dataclasses.replace(model.config, dtype="float32"))
         samples = inputs.drawn_samples(model, params, count=count, name=_ROWS[weights], **drawn)
         if bench:
             judge(weights, samples)
@@ -200,16 +243,17 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
             collections.deque(samples.batches(count), maxlen=0)  # this host draws its part, the first one judges
         distributed.agree(0)
     if bench:
-        _write_workdir(flags, run, bench, rows, step=path.name, shown=shown, samples=samples, model=model, params=params)
+        drawing = {"samples": samples, "model": model, "params": params}
+        _write_workdir(flags, run, bench, rows, notes + bench.notes, step=path.name, shown=shown, **drawing)
     distributed.agree(0)  # the others wait for the one that writes
 
 
-def _write_workdir(flags, run, bench, rows, *, step, shown, samples, model, params) -> None:
+def _write_workdir(flags, run, bench, rows, notes, *, step, shown, samples, model, params) -> None:
     """The table and the report; `shown` holds pictures by row, `samples` is the last row's set, drawn from `params`."""
     workdir = storage.absolute(flags.workdir)
-    sampling = _sampling(run, seed=flags.seed, step=step)
-    notes = [*bench.judge.notes(samples.count), *bench.notes]
-    _tell(rows, bench.judge.protocol(), notes, sampling, out=flags.out or workdir / "evaluation.json")
+    settings, protocol = _sampling(run, seed=flags.seed, step=step, dtype=model.config.dtype), bench.judge.protocol()
+    sampling = {name: settings for name in _ROWS.values() if any(row["row"] == name for row in rows)}
+    _tell(rows, protocol, notes, sampling, out=flags.out or workdir / "evaluation.json")
     labels = samples.labels[:_FRAMES]
     file = report.write_report(
         workdir / "report.html",
@@ -221,42 +265,26 @@ def _write_workdir(flags, run, bench, rows, *, step, shown, samples, model, para
         history=writers.read_rows(workdir / "metrics.jsonl"),
         metrics=rows,
         config=run,
-        notes=[*notes, *_notes(bench.judge.protocol(), sampling)],
+        notes=[*notes, *console.behind(protocol, sampling)],
     )
     distributed.say(f"wrote {file}")
 
 
-def _sampling(run: config.Config, *, seed: int, step: str) -> dict[str, Any]:
+def _sampling(run: config.Config, *, seed: int, step: str, dtype: str) -> dict[str, Any]:
     conditional, unconditional = sampler.nfe(run.sample)
     return dataclasses.asdict(run.sample) | {
-        "nfe": f"{conditional}+{unconditional}",
+        "nfe": {"conditional": conditional, "unconditional": unconditional},
         "seed": seed,
         "step": step,
-        "dtype": run.model.dtype,
+        "dtype": dtype,
     }
 
 
 def _tell(rows: Sequence[Mapping], protocol: Mapping, notes: Sequence[str], sampling: Mapping, *, out: Any) -> None:
-    """Prints the table and what is behind it, and writes both as JSON."""
-    columns = {key: [key, *(_text(row.get(key)) for row in rows)] for key in rows[0]}
-    widths = {key: max(map(len, cells)) for key, cells in columns.items()}
-    for line in range(len(rows) + 1):
-        cells = (
-            cells[line].ljust(widths[key]) if key == "row" else cells[line].rjust(widths[key]) for key, cells in columns.items()
-        )
-        print("  ".join(cells))
-    for line in [*notes, *_notes(protocol, sampling)]:
+    """Prints the table and, in short lines, what is behind it; writes the whole as JSON. `sampling` is by row."""
+    for line in [*console.table(rows), "", *console.behind(protocol, sampling), *notes]:
         print(line)
     if out is not None:
         values = {"rows": list(rows), "protocol": protocol, "sampling": sampling, "notes": list(notes)}
         storage.write_text(storage.absolute(out), json.dumps(values, indent=1) + "\n")
         print(f"wrote {out}")
-
-
-def _notes(protocol: Mapping[str, Any], sampling: Mapping[str, Any]) -> list[str]:
-    lines = ["Protocol: " + ", ".join(f"{key}={value}" for key, value in protocol.items() if value not in (None, "")) + "."]
-    return lines + ["Sampling: " + ", ".join(f"{key}={value}" for key, value in sampling.items()) + "."] if sampling else lines
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str("" if value is None else value)

@@ -28,7 +28,7 @@ from absl import flags as absl_flags
 
 from dip_jax.data import images, shards, sources, writing
 from dip_jax.errors import Exit, Interrupted, UserError
-from dip_jax.runtime import command_line, distributed
+from dip_jax.runtime import command_line, distributed, storage
 from dip_jax.runtime.signals import stopping_at_once
 
 
@@ -71,6 +71,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 
 def run(flags: absl_flags.FlagValues) -> None:
     """The command."""
+    storage.require_folder_name(flags.out, flag="--out")
     distributed.start(computes=False)
     with stopping_at_once():
         summary = prepare(

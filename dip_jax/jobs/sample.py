@@ -2,15 +2,17 @@
 
 Examples:
   python -m dip_jax sample --workdir=runs/demo --out=grid.png                        a row per class
-  python -m dip_jax sample --workdir=runs/demo --labels=3,7 --num_samples=16 --out=some.png --trajectory=steps.png
+  python -m dip_jax sample --workdir=runs/demo --labels=3,coffee --num_samples=16 --out=some.png --trajectory=steps.png
   python -m dip_jax sample --workdir=runs/xl --num_samples=50000 --out=samples.npz   50 per class, labels interleaved
 
 A killed run into an .npz or a directory goes on where it stopped when the same command is given again, on any number of hosts:
-finished batches are kept, and the file is the same to the byte. A .png is drawn anew. Sample i depends on (seed, i, label)
-alone, not on the batch size, the devices or the number of hosts.
+finished batches are kept, and the file is the same to the byte. A .png is drawn anew. Sample i is a function of the weights,
+the options and (seed, i, label); batch size, devices and number of hosts change its rounding at most.
 """
 
+import contextlib
 import dataclasses
+import difflib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -28,7 +30,7 @@ from dip_jax.checkpoints import directories as step_files
 from dip_jax.data import prepared
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
-from dip_jax.reporting import figures
+from dip_jax.reporting import console, figures
 from dip_jax.runtime import command_line, distributed, storage
 from dip_jax.runtime.signals import stopping_at_once
 from dip_jax.sampling import sample_files, sampler, trajectories
@@ -82,8 +84,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string("out", None, "FILE.png (a row per class), FILE.npz (ADM's format) or a directory of PNGs", **own)
     absl_flags.DEFINE_integer("num_samples", 64, "images to draw", lower_bound=1, **own)
     absl_flags.DEFINE_integer("classes", None, "draw classes 0..N-1, interleaved; default: all classes", **own)
-    absl_flags.DEFINE_list("labels", None, "instead: draw these classes, interleaved, such as 207,360", **own)
-    absl_flags.DEFINE_integer("seed", 0, "image i depends on (seed, i, its class) alone", **own)
+    absl_flags.DEFINE_list("labels", None, "instead: draw these classes, by number or name, interleaved: 207,cat", **own)
+    absl_flags.DEFINE_integer("seed", 0, "image i depends on (seed, i, its class)", **own)
     absl_flags.DEFINE_integer("steps", None, "steps of the solver; default: the run's config, as for the next five", **own)
     absl_flags.DEFINE_float("guidance", None, "guidance scale; 1 is none", **own)
     absl_flags.DEFINE_list("interval", None, "low,high: guidance applies where low < t < high (t=1 is data)", **own)
@@ -108,9 +110,11 @@ def run(flags: absl_flags.FlagValues) -> None:
 
 
 def _sample(flags: absl_flags.FlagValues) -> None:
-    for picture in (flags.out, flags.trajectory):
-        if picture and picture.endswith(".png"):
-            sample_files.require_folder(storage.absolute(picture).parent)
+    kind = sample_files.kind_of(flags.out)
+    if flags.trajectory is not None:
+        storage.require_file_name(flags.trajectory, flag="--trajectory", suffix=".png")
+    for picture in ([flags.out] if kind == ".png" else []) + ([flags.trajectory] if flags.trajectory else []):
+        sample_files.require_folder(storage.absolute(picture).parent)
     weights = "ema" if flags.ema else "raw"
     unread = checkpoint.ITEMS_UNREAD[weights]
     path = step_files.find(flags.workdir or flags.checkpoint, verify=True, report=distributed.say, unread=unread)
@@ -119,16 +123,17 @@ def _sample(flags: absl_flags.FlagValues) -> None:
     model, params = checkpoint.load(path, weights=weights, verify=False)
     if flags.precision == "highest":
         model = dip.from_config(dataclasses.replace(model.config, dtype="float32"))
-    labels = check_labels(interleave(_classes(flags, model.config.num_classes), flags.num_samples), model)
+    names = class_names(record.config, model)
+    labels = check_labels(interleave(_classes(flags, names), flags.num_samples), model)
     arguments = {"labels": labels, "seed": flags.seed, "options": options}
     settings = _settings(flags, step=path.name, params=params, model=model, **arguments)
-    distributed.say(_describe(settings))
-    names = class_names(record.config, model)
+    for line in _describe(settings):
+        distributed.say(line)
     with jax.default_matmul_precision("highest" if flags.precision == "highest" else None):
         try:
-            _write(flags.out, model, params, settings, names=names, **arguments)
+            _write(flags.out, kind, model, params, settings, names=names, **arguments)
         except KeyboardInterrupt:
-            again = "starts again" if flags.out.endswith(".png") else "goes on where it stopped"
+            again = "starts again" if kind == ".png" else "goes on where it stopped"
             raise Interrupted(f"stopped; the same command {again}", code=Exit.INTERRUPTED) from None
         if flags.trajectory is not None:
             arguments["labels"] = labels[:_SHOWN]
@@ -145,15 +150,30 @@ def _options(flags: absl_flags.FlagValues, base: config.Sample) -> config.Sample
     return dataclasses.replace(base, **{key: value for key, value in named.items() if value is not None})
 
 
-def _classes(flags: absl_flags.FlagValues, num_classes: int) -> Sequence[int]:
+def _classes(flags: absl_flags.FlagValues, names: Sequence[str]) -> Sequence[int]:
     if flags.labels is not None and flags.classes is not None:
         raise UserError("name one of --labels and --classes, not both")
     if flags.labels is not None:
-        return [_number(int, "labels", text) for text in flags.labels]
-    count = num_classes if flags.classes is None else flags.classes
-    if not 1 <= count <= num_classes:
-        raise UserError(f"--classes={count} must lie in 1..{num_classes}, the classes of this model")
+        return [_class_of(text.strip(), names) for text in flags.labels]
+    count = len(names) if flags.classes is None else flags.classes
+    if not 1 <= count <= len(names):
+        raise UserError(f"--classes={count} must lie in 1..{len(names)}, the classes of this model")
     return range(count)
+
+
+def _class_of(text: str, names: Sequence[str]) -> int:
+    """A class by its number or, where the text is none, by its name; capitals count only where they decide."""
+    with contextlib.suppress(ValueError):
+        return int(text)
+    found = [i for i, name in enumerate(names) if name == text]
+    found = found or [i for i, name in enumerate(names) if name.casefold() == text.casefold()]
+    if len(found) != 1:
+        near = difflib.get_close_matches(text, names, n=1)
+        nearest = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"--labels: {text!r} names no class of this model, {names[0]!r} .. {names[-1]!r} (0..{len(names) - 1}){nearest}"
+        )
+    return found[0]
 
 
 def _number(kind: type, flag: str, text: str) -> Any:
@@ -185,24 +205,22 @@ def _settings(flags, *, step, params, model, labels, seed, options) -> dict[str,
     }
 
 
-def _describe(settings: Mapping[str, Any]) -> str:
+def _describe(settings: Mapping[str, Any]) -> list[str]:
     height, width = settings["model"]["image_size"]
-    low, high = settings["interval"]
-    conditional, unconditional = settings["nfe"].values()
-    return (
-        f"drawing {settings['samples']} images of {height}x{width} from the {settings['weights']} weights of step "
-        f"{settings['step']}: {settings['solver']}, {settings['steps']} steps, guidance {settings['guidance']:g} on "
-        f"({low:g}, {high:g}), {conditional} + {unconditional} network evaluations each, {settings['model']['dtype']}, "
-        f"seed {settings['seed']}, {jax.device_count()} {jax.devices()[0].platform} device(s)"
+    devices = f"{jax.device_count()} {jax.devices()[0].platform}"
+    return console.aligned(
+        {"drawing": f"{settings['samples']} images of {height}x{width}", **console.sampling(settings), "devices": devices}
     )
 
 
-def _write(out: str, model: dip.DiP, params: Params, settings: Mapping[str, Any], *, names: Sequence[str], **arguments) -> None:
+def _write(
+    out: str, kind: str, model: dip.DiP, params: Params, settings: Mapping, *, names: Sequence[str], **arguments
+) -> None:
     labels, size = arguments["labels"], arguments["options"].batch_size
-    if out.endswith(".png"):  # small: one host draws it
+    if kind == ".png":  # small: one host draws it
         distributed.on_main(lambda: _save_picture(out, _grid(model, params, names, **arguments)))
         return
-    if out.endswith(".npz"):
+    if kind == ".npz":
         output = sample_files.NpzFile(out, labels=labels, image_shape=(*model.config.image_size, 3), batch_size=size)
     else:
         output = sample_files.PictureFolder(out, labels=labels, batch_size=size)

@@ -43,6 +43,7 @@ def run(flags: absl_flags.FlagValues) -> None:
     """The command."""
     if not flags.workdir:
         raise UserError("--workdir is missing: name a directory, such as --workdir=runs/demo")
+    storage.require_folder_name(flags.workdir, flag="--workdir")
     config = command_line.read_config(flags)
     if flags.init_from:
         config = dataclasses.replace(
@@ -87,7 +88,7 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         if config.train.eval_every and not epath.Path(config.eval.reference or "/none/").exists():
             raise UserError(
                 f"train.eval_every={config.train.eval_every} needs eval.reference={config.eval.reference!r} to exist: "
-                "a dataset directory or an .npz"
+                "a dataset directory, a folder of pictures, or an .npz"
             )
         dataset = distributed.on_all(
             lambda: prepared.open_dataset(config.data.path, image_size=size, source=config.data.source)

@@ -85,6 +85,7 @@ class Summary:
         gaussians: moments over all images, of "pool" and, where the network has it, of "spatial".
         vectors: float32 [n, d], pool features of the images `kept`.
         kept: their indices [n], rising.
+        warmth: float64 [N], mean red minus mean blue of all images.
         logits: float32 [N, classes] of all images; None where not asked for.
     """
 
@@ -92,6 +93,7 @@ class Summary:
     gaussians: dict[str, Gaussian]
     vectors: np.ndarray
     kept: np.ndarray
+    warmth: np.ndarray
     logits: np.ndarray | None = None
 
 
@@ -115,8 +117,15 @@ def summarise(
     wanted = np.zeros(images.count, bool)
     wanted[kept] = True
     moments = {name: Moments(width) for name, width in network.dimensions.items()}
-    vectors, logits, seen = [], [], 0
-    for out in _activations(network, images.batches(batch_size), batch_size):
+    vectors, logits, warmth, seen = [], [], [], 0
+
+    def batches() -> Iterator[np.ndarray]:
+        for batch in images.batches(batch_size):
+            red, _, blue = np.moveaxis(batch.mean(axis=(1, 2), dtype=np.float64), -1, 0)
+            warmth.append(red - blue)
+            yield batch
+
+    for out in _activations(network, batches(), batch_size):
         for name, total in moments.items():
             total.add(out[name])
         rows = len(out["pool"])
@@ -127,7 +136,8 @@ def summarise(
     if seen != images.count:
         raise UserError(f"{images.name} announced {images.count} images and gave {seen}; make it again")
     gaussians = {name: total.finish() for name, total in moments.items()}
-    return Summary(seen, gaussians, np.concatenate(vectors), kept, np.concatenate(logits) if with_logits else None)
+    all_logits = np.concatenate(logits) if with_logits else None
+    return Summary(seen, gaussians, np.concatenate(vectors), kept, np.concatenate(warmth), all_logits)
 
 
 def _activations(network: Network, batches: Iterator[np.ndarray], size: int) -> Iterator[dict[str, np.ndarray]]:

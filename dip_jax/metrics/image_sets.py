@@ -1,22 +1,14 @@
-"""Sets of images to judge or to judge by: arrays, and .npz files from any framework, read as a stream and never unpickled."""
+"""Sets of images to judge or to judge by, and what is said of pixels that are in another form."""
 
-import contextlib
 import hashlib
-import math
-import os
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from etils import epath
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
 from dip_jax.errors import UserError
 from dip_jax.metrics.statistics import Gaussian
-
-_STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of an ADM reference file: pool and spatial features
 
 
 @dataclass(frozen=True)
@@ -30,6 +22,7 @@ class ImageSet:
         batches: batches(size) yields uint8 [size, H, W, 3] in order; the last may be shorter.
         labels: class of every image, or None.
         fingerprint: names the pixels, so that their features can be kept; None where they cannot.
+        notes: sentences about how the images were stored that a reader of their numbers needs.
     """
 
     name: str
@@ -38,12 +31,28 @@ class ImageSet:
     batches: Callable[[int], Iterator[np.ndarray]]
     labels: Int[np.ndarray, "N"] | None = None
     fingerprint: str | None = None
+    notes: tuple[str, ...] = ()
 
 
-def from_array(
-    images: UInt8[np.ndarray, "N H W 3"], labels: Int[np.ndarray, "N"] | None = None, *, name: str = "array"
-) -> ImageSet:
-    """Images in memory."""
+@dataclass(frozen=True)
+class ReferenceFile:
+    """What an .npz named `name` holds: images, statistics of Inception features, or both; None where not."""
+
+    name: str
+    images: ImageSet | None
+    pool: Gaussian | None = None
+    spatial: Gaussian | None = None
+
+
+def from_array(images: np.ndarray, labels: Int[np.ndarray, "N"] | None = None, *, name: str = "array") -> ImageSet:
+    """Images in memory: uint8 [N, H, W, 3].
+
+    Raises:
+        UserError: for another dtype or shape, with the expression that mends it.
+    """
+    if not is_pixels(images.dtype, images.shape):
+        extremes = (float(images.min()), float(images.max())) if images.size and images.dtype.kind in "iuf" else None
+        raise UserError(f"{name}: {explain(name, images.dtype, images.shape, extremes=extremes)}")
 
     def batches(size: int) -> Iterator[np.ndarray]:
         for start in range(0, len(images), size):
@@ -52,136 +61,47 @@ def from_array(
     return ImageSet(name, len(images), images.shape[1:], batches, labels, hashlib.sha256(images.tobytes()).hexdigest())
 
 
-def from_npz(path: str | os.PathLike) -> ImageSet:
-    """The images of an .npz file in ADM's format: arr_0 uint8 [N, H, W, 3] and, if there, arr_1 integer labels [N].
+def is_pixels(dtype: np.dtype, shape: tuple[int, ...]) -> bool:
+    """True for uint8 [N, H, W, 3] with at least one pixel."""
+    return dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and 0 not in shape
 
-    Raises:
-        UserError: the file is missing or damaged, or arr_0 is missing, empty, pickled, of another dtype or shape; or the
-            labels are not N integers. The pixels themselves are read, and their checksum checked, by `batches`.
+
+def explain(name: str, dtype: np.dtype, shape: tuple[int, ...], *, extremes: tuple[float, float] | None = None) -> str:
+    """What an array that `is_pixels` refuses holds, and the expression that makes pixels of it where there is one.
+
+    Args:
+        name: of the array, as the expression writes it.
+        dtype, shape: of the array.
+        extremes: its lowest and highest value, where they are known.
     """
-    with _open(path) as archive:
-        shape = _images_header(path, archive)
-        labels = None
-        if "arr_1.npy" in archive.namelist():
-            labels = _array(path, archive, "arr_1")
-            if labels.shape != (shape[0],) or labels.dtype.kind not in "iu":
-                raise UserError(
-                    f"{path}: arr_1 holds {labels.dtype} {list(labels.shape)}, expected {shape[0]} integer labels, "
-                    "one per image of arr_0"
-                )
-
-    def batches(size: int) -> Iterator[np.ndarray]:
-        with _open(path) as archive, archive.open("arr_0.npy") as member:
-            _header(path, "arr_0", member)
-            for start in range(0, shape[0], size):
-                rows = min(size, shape[0] - start)
-                data = member.read(rows * math.prod(shape[1:]))
-                if len(data) != rows * math.prod(shape[1:]):
-                    raise UserError(f"{path}: arr_0 ends at image {start} of {shape[0]}: the file is truncated, make it again")
-                yield np.frombuffer(data, np.uint8).reshape(rows, *shape[1:])
-
-    return ImageSet(os.fspath(path), shape[0], shape[1:], batches, labels, file_digest(path))
+    values = "" if extremes is None or dtype == np.uint8 else f" with values from {extremes[0]:.4g} to {extremes[1]:.4g}"
+    told = f"{name} holds {dtype} {list(shape)}{values}, expected uint8 [N, H, W, 3] of pixels 0..255"
+    arranged = _arranged(name, shape)
+    if 0 in shape or arranged is None:
+        return f"{told} and at least one image"
+    if dtype == np.uint8:
+        return f"{told}: save {arranged}"
+    scaled = None if extremes is None else _scaled(arranged, dtype, *extremes)
+    if scaled is None:
+        return f"{told}; such values follow no rule that is known here"
+    return f"{told}: save np.clip(np.round({scaled}), 0, 255).astype(np.uint8)"
 
 
-@dataclass(frozen=True)
-class ReferenceFile:
-    """What a reference .npz holds: images, statistics of Inception features, or both; None where not."""
-
-    images: ImageSet | None
-    pool: Gaussian | None
-    spatial: Gaussian | None
-
-
-def read_reference(path: str | os.PathLike) -> ReferenceFile:
-    """An .npz of images (arr_0), of ADM statistics (mu, sigma, mu_s, sigma_s), or of both.
-
-    Raises:
-        UserError: as `from_npz`; or some but not all of the statistics are there, or they do not fit together.
-    """
-    with _open(path) as archive:
-        names = {name.removesuffix(".npy") for name in archive.namelist()}
-        found = {name: _array(path, archive, name) for name in _STATISTICS if name in names}
-    if "arr_0" not in names and not found:
-        raise UserError(
-            f"{path}: holds {', '.join(sorted(names)) or 'nothing'}; expected images (arr_0) or the statistics of an ADM "
-            f"reference ({', '.join(_STATISTICS)})"
-        )
-    if found and len(found) < len(_STATISTICS):
-        missing = [name for name in _STATISTICS if name not in found]
-        raise UserError(
-            f"{path}: the reference has {', '.join(found)} but not {', '.join(missing)}: use one of the ADM reference files, "
-            "or images alone (arr_0)"
-        )
-    images = from_npz(path) if "arr_0" in names else None
-    if not found:
-        return ReferenceFile(images, None, None)
-    pool, spatial = (_gaussian(path, found, suffix) for suffix in ("", "_s"))
-    return ReferenceFile(images, pool, spatial)
+def _arranged(name: str, shape: tuple[int, ...]) -> str | None:
+    """The expression that puts channels last and makes three of them."""
+    if len(shape) == 3:
+        return f"np.repeat({name}[..., None], 3, axis=3)"
+    for channels, form in ((3, "{}"), (4, "{}[..., :3]"), (1, "np.repeat({}, 3, axis=3)")):
+        for axis, last in ((3, name), (1, f"{name}.transpose(0, 2, 3, 1)")):
+            if len(shape) == 4 and shape[axis] == channels:
+                return form.format(last)
+    return None
 
 
-def _gaussian(path: Any, found: dict[str, np.ndarray], suffix: str) -> Gaussian:
-    mean, covariance = (found[name + suffix] for name in ("mu", "sigma"))
-    fits = mean.ndim == 1 and covariance.shape == 2 * mean.shape and {mean.dtype.kind, covariance.dtype.kind} == {"f"}
-    if not fits or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(
-            f"{path}: mu{suffix} {mean.dtype} {list(mean.shape)} and sigma{suffix} {covariance.dtype} "
-            f"{list(covariance.shape)} are not a finite mean [d] and covariance [d, d]; use one of the ADM reference files"
-        )
-    return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with epath.Path(path).open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _open(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
-    file = epath.Path(path)
-    if not file.is_file():
-        raise UserError(f"{path}: no such file; expected an .npz with uint8 images in arr_0")
-    with file.open("rb") as f:
-        try:
-            with zipfile.ZipFile(f) as archive:
-                yield archive
-        except (zipfile.BadZipFile, EOFError, zipfile.zlib.error, NotImplementedError) as error:
-            raise UserError(f"{path}: not an .npz file, or a damaged one ({error}); make it again") from error
-
-
-def _header(path: Any, name: str, member: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, fortran order, dtype) of an .npy stream, which is left at its first value."""
-    try:
-        version = np.lib.format.read_magic(member)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        return read(member)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path}: {name} is not an array written by numpy ({error}); make the file again") from error
-
-
-def _images_header(path: Any, archive: zipfile.ZipFile) -> tuple[int, int, int, int]:
-    if "arr_0.npy" not in archive.namelist():
-        names = ", ".join(name.removesuffix(".npy") for name in archive.namelist()) or "nothing"
-        raise UserError(f"{path}: holds {names}; expected uint8 images [N, H, W, 3] under the name arr_0")
-    with archive.open("arr_0.npy") as member:
-        shape, fortran, dtype = _header(path, "arr_0", member)
-        start = member.tell()
-    if dtype.hasobject:
-        raise UserError(f"{path}: arr_0 holds pickled Python objects, which are never loaded; expected uint8 [N, H, W, 3]")
-    if dtype != np.uint8:
-        rule = "; floats in [-1, 1] become clip(round((x + 1) * 127.5), 0, 255)" if dtype.kind == "f" else ""
-        raise UserError(f"{path}: arr_0 holds {dtype}, expected uint8 pixels 0..255{rule}")
-    if len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran:
-        order = " in Fortran order" if fortran else ""
-        raise UserError(f"{path}: arr_0 has the shape {list(shape)}{order}, expected [N, H, W, 3] with N, H, W of at least 1")
-    if archive.getinfo("arr_0.npy").file_size != start + math.prod(shape):
-        raise UserError(f"{path}: arr_0 does not hold the {list(shape)} pixels that it announces; make the file again")
-    return shape
-
-
-def _array(path: Any, archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    try:
-        with archive.open(f"{name}.npy") as member:
-            return np.lib.format.read_array(member, allow_pickle=False)
-    except ValueError as error:
-        raise UserError(f"{path}: {name} cannot be read ({error}); expected a plain array of numbers") from error
+def _scaled(pixels: str, dtype: np.dtype, low: float, high: float) -> str | None:
+    """The expression that brings values between these two to 0..255."""
+    if dtype.kind == "f" and low >= 0 and high <= 1:
+        return f"{pixels} * 255"
+    if dtype.kind == "f" and -1.5 <= low < 0 and high <= 1.5:  # samplers overshoot [-1, 1] a little
+        return f"({pixels} + 1) * 127.5"
+    return pixels if low >= 0 and high <= 255 else None

@@ -15,7 +15,7 @@ from etils import epath
 
 from dip_jax.checkpoints.torch_file import read_tensors
 from dip_jax.errors import UserError
-from dip_jax.metrics.image_sets import file_digest
+from dip_jax.runtime.storage import file_digest
 from dip_jax.typing import Params, RawImages
 
 SIZE = 299

@@ -1,27 +1,36 @@
 """A feature network and a reference, ready to put numbers on sets of samples."""
 
 import functools
-import hashlib
-import io
-import json
-import os
-import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from dip_jax import config
 from dip_jax.errors import UserError
+from dip_jax.metrics import cache as kept
 from dip_jax.metrics import features as feature_networks
-from dip_jax.metrics import inputs, statistics
-from dip_jax.metrics.features import KEPT, Network, Summary, summarise
+from dip_jax.metrics import inputs, notes, statistics
+from dip_jax.metrics.features import Network, Summary
 from dip_jax.metrics.image_sets import ImageSet, ReferenceFile
 from dip_jax.metrics.statistics import Gaussian
 from dip_jax.runtime import sharding
 
-_FORMAT = 1  # of the cached statistics
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of a set of samples.
+
+    Attributes:
+        metrics: every metric by name; the names carry the network's suffix, and N is the number of samples, None where a file
+            of statistics does not say it.
+        notes: what a reader of these numbers must know, as sentences.
+    """
+
+    metrics: dict[str, float | int | None]
+    notes: list[str]
 
 
 class Judge:
@@ -48,9 +57,8 @@ class Judge:
         cache: epath.PathLike | None = None,
     ):
         if isinstance(reference, ImageSet):
-            reference = ReferenceFile(reference, None, None)
-        self._network, self._batch_size = network, batch_size
-        self._cache = None if cache is None else epath.Path(cache)
+            reference = ReferenceFile(reference.name, reference)
+        self._network, self._batch_size, self._cache = network, batch_size, cache
         self._images, self._gallery = reference.images, gallery
         self._given = _given(network, reference)
         if self._images is None and not self._given:
@@ -59,7 +67,39 @@ class Judge:
                 "images: name a prepared dataset or an .npz of images"
             )
         for images in (self._images, gallery):
-            self._check(images)
+            if images is not None:
+                _require_enough(images)
+
+    def require_fit(self, samples: ImageSet | ReferenceFile) -> None:
+        """Checks, before anything is computed, that samples can be judged.
+
+        Raises:
+            UserError: they are too few, or of another size than the reference's images, or statistics of another network.
+        """
+        if isinstance(samples, ImageSet):
+            _require_enough(samples)
+            self.require_size(samples.name, samples.image_shape)
+        elif not _given(self._network, samples):
+            raise UserError(
+                f"{samples.name} holds statistics of Inception features but no images (arr_0), and features="
+                f"{self._network.name} needs images"
+            )
+
+    def require_size(self, name: str, image_shape: tuple[int, int, int]) -> None:
+        """Checks that samples of this shape can be judged.
+
+        Raises:
+            UserError: the reference's images are of another size.
+        """
+        if self._images is not None and image_shape != self._images.image_shape:
+            sizes = ["{}x{}".format(*shape) for shape in (image_shape, self._images.image_shape)]
+            raise UserError(
+                f"{name} holds images of {sizes[0]}, the reference {self._images.name} of {sizes[1]}: resized copies give "
+                "other numbers; make both of one size"
+            )
+
+    def _summary(self, images: ImageSet) -> Summary:
+        return kept.summarise(self._network, images, batch_size=self._batch_size, folder=self._cache)
 
     @functools.cached_property
     def _reference(self) -> Summary | None:
@@ -73,41 +113,41 @@ class Judge:
     def _gaussians(self) -> dict[str, Gaussian]:
         return self._given or self._reference.gaussians
 
-    def __call__(self, samples: ImageSet) -> dict[str, float | int]:
-        """Every metric of the samples, by name; the names carry the network's suffix, and N their number.
+    def __call__(self, samples: ImageSet | ReferenceFile) -> Verdict:
+        """Every metric of the samples; of statistics the distances.
 
         Takes this process's devices alone, also inside a run whose mesh spans several hosts.
 
         Raises:
-            UserError: too few samples, or of another size than the reference's images.
+            UserError: as `require_fit`.
         """
+        self.require_fit(samples)
         with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.local_devices()[:1])):
+            if isinstance(samples, ReferenceFile):
+                distances = self._distances(_given(self._network, samples))
+                return Verdict({"N": None} | distances, [f"{samples.name} holds no images, so distances are all that it has."])
             return self._judge(samples)
 
-    def _judge(self, samples: ImageSet) -> dict[str, float | int]:
-        self._check(samples)
-        if self._images is not None and samples.image_shape != self._images.image_shape:
-            raise UserError(
-                f"{samples.name} holds images of {_size(samples)}, the reference {self._images.name} of {_size(self._images)}: "
-                "resized copies give other numbers; make both of one size"
-            )
-        drawn = summarise(self._network, samples, batch_size=self._batch_size, with_logits=True)
+    def _distances(self, gaussians: Mapping[str, Gaussian]) -> dict[str, float]:
         names = {"pool": "fid", "spatial": "sfid"}
-        values = {
-            names[key]: statistics.frechet_distance(drawn.gaussians[key], other) for key, other in self._gaussians.items()
-        }
-        values["is"] = statistics.inception_score(drawn.logits)
+        return {names[key]: statistics.frechet_distance(gaussians[key], other) for key, other in self._gaussians.items()}
+
+    def _judge(self, samples: ImageSet) -> Verdict:
+        drawn = feature_networks.summarise(self._network, samples, batch_size=self._batch_size, with_logits=True)
+        values = self._distances(drawn.gaussians) | {"is": statistics.inception_score(drawn.logits)}
         if self._reference is not None:
             both = statistics.precision_recall(drawn.vectors, self._reference.vectors)
             values |= {"precision": both.precision, "recall": both.recall}
         if self._neighbours is not None and samples.labels is not None:
             labels = self._gallery.labels[self._neighbours.kept]
             values["nearest"] = statistics.nearest_accuracy(drawn.vectors, samples.labels, self._neighbours.vectors, labels)
-        return {"N": samples.count} | {name + self._network.suffix: value for name, value in values.items()}
+        metrics = {"N": samples.count} | {name + self._network.suffix: value for name, value in values.items()}
+        return Verdict(metrics, self._notes(samples, drawn))
 
-    def notes(self, count: int) -> list[str]:
-        """What a reader of the numbers of `count` samples must know, as sentences."""
-        lines = []
+    def _notes(self, samples: ImageSet, drawn: Summary) -> list[str]:
+        count, lines = samples.count, [*samples.notes, *notes.class_notes(samples)]
+        if self._reference is not None:
+            lines += [*notes.colour_notes(samples, drawn.warmth, self._reference.warmth), *self._images.notes]
         for side, n in (("samples", count), ("reference images", self._gaussians["pool"].count)):
             if n is not None and n <= self._network.dimensions["pool"]:
                 lines.append(
@@ -121,11 +161,6 @@ class Judge:
         if self._reference is None:
             lines.append("The reference holds no images, so there is no precision and no recall.")
         return lines
-
-    def _check(self, images: ImageSet | None) -> None:
-        least = statistics.NEIGHBOURS + 1
-        if images is not None and images.count < least:
-            raise UserError(f"{images.name} holds {images.count} images; precision and recall need at least {least}")
 
     def protocol(self) -> dict[str, Any]:
         """How the numbers are taken, as JSON values."""
@@ -146,33 +181,6 @@ class Judge:
             "matmul_precision": jax.config.jax_default_matmul_precision or "default",
         }
 
-    def _summary(self, images: ImageSet) -> Summary:
-        """Of a reference: from the cache, else computed and kept there."""
-        file = self._cache_file(images)
-        if file is not None and file.exists():
-            found = _read(file, self._network)
-            if found is not None:
-                return found
-        summary = summarise(self._network, images, batch_size=self._batch_size, keep=KEPT)
-        if file is not None:
-            _write(file, summary)
-        return summary
-
-    def _cache_file(self, images: ImageSet) -> epath.Path | None:
-        if self._cache is None or images.fingerprint is None:
-            return None
-        key = {
-            "format": _FORMAT,
-            "images": images.fingerprint,
-            "network": self._network.digest,
-            "input": self._network.input(*images.image_shape[:2]),
-            "kept": KEPT,
-            "precision": jax.config.jax_default_matmul_precision or "default",
-            "platform": jax.default_backend(),
-        }
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return self._cache / f"statistics_{self._network.name}_{digest[:24]}.npz"
-
 
 def _given(network: Network, reference: ReferenceFile) -> dict[str, Gaussian]:
     """The file's own statistics, where the network is the one that they were taken with."""
@@ -188,49 +196,37 @@ def _given(network: Network, reference: ReferenceFile) -> dict[str, Gaussian]:
     return found
 
 
-def _size(images: ImageSet) -> str:
-    return f"{images.image_shape[0]}x{images.image_shape[1]}"
-
-
-def _write(file: epath.Path, summary: Summary) -> None:
-    arrays = {"count": np.array(summary.count), "vectors": summary.vectors, "kept": summary.kept}
-    for name, gaussian in summary.gaussians.items():
-        arrays |= {f"mean_{name}": gaussian.mean, f"covariance_{name}": gaussian.covariance}
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.parent / f"{file.name}.partial"
-        partial.write_bytes(buffer.getvalue())
-        partial.replace(file)
-    except OSError:
-        return  # a cache that cannot be written costs time, not the result
-
-
-def _read(file: epath.Path, network: Network) -> Summary | None:
-    """What `_write` wrote; None where the file is damaged."""
-    try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as f:
-            count = int(f["count"])
-            gaussians = {name: Gaussian(f[f"mean_{name}"], f[f"covariance_{name}"], count) for name in network.dimensions}
-            return Summary(count, gaussians, f["vectors"], f["kept"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+def _require_enough(images: ImageSet) -> None:
+    least = statistics.NEIGHBOURS + 1
+    if images.count < least:
+        raise UserError(f"{images.name} holds {images.count} images; precision and recall need at least {least}")
 
 
 def open_judge(
-    wanted: config.Eval, *, image_size: int, gallery: ImageSet | None = None, cache: epath.PathLike | None = None
+    wanted: config.Eval,
+    *,
+    name: str,
+    image_shape: tuple[int, int, int] | None,
+    gallery: ImageSet | None = None,
+    cache: epath.PathLike | None = None,
+    watched: Callable[[ImageSet | ReferenceFile], ImageSet | ReferenceFile] = lambda images: images,
 ) -> Judge:
     """The judge that a config section asks for; opened before anything is compiled, so that a missing file is told at once.
 
+    Args:
+        wanted: the section.
+        name: what a message calls the samples.
+        image_shape: theirs, which the reference's must equal; a reference that stores originals is cropped to it. None of
+            statistics.
+        gallery, cache: as of `Judge`.
+        watched: what tells how far the reference is read.
+
     Raises:
-        UserError: the reference or the weights are missing, or do not fit together.
+        UserError: the reference or the weights are missing, or do not fit the samples or together.
     """
     network = feature_networks.open_network(wanted.features, wanted.weights)
-    against = inputs.reference_set(wanted.reference, image_size=image_size)
-    return Judge(network, against, gallery=gallery, batch_size=wanted.batch_size, cache=cache)
-
-
-def default_cache() -> str:
-    """The folder in which statistics of references are kept."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dip_jax")
+    against = inputs.reference_set(wanted.reference, image_size=None if image_shape is None else image_shape[0])
+    judge = Judge(network, watched(against), gallery=gallery, batch_size=wanted.batch_size, cache=cache)
+    if image_shape is not None:
+        judge.require_size(name, image_shape)
+    return judge

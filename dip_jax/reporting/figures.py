@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from dip_jax.reporting import lettering
 from dip_jax.sampling.trajectories import Frames
 
 _PAPER, _INK, _FAINT = (255, 255, 255), (28, 30, 33), (120, 124, 130)
@@ -38,7 +39,7 @@ def class_grid(pictures: Labelled, names: Sequence[str]) -> Image.Image:
     """
     shown = list(dict.fromkeys(pictures.labels.tolist()))
     rows = [list(pictures.of(label, len(pictures.labels))) for label in shown]
-    return _table(rows, captions=[_name(names, label) for label in shown])
+    return _table(rows, captions=[lettering.caption(names, label) for label in shown])
 
 
 def trajectory(frames: Frames, names: Sequence[str]) -> Image.Image:
@@ -46,7 +47,7 @@ def trajectory(frames: Frames, names: Sequence[str]) -> Image.Image:
     rows, captions = [], []
     for b, label in enumerate(frames.labels.tolist()):
         rows += [[*frames.noisy[:, b], frames.images[b]], [*frames.expected[:, b], frames.images[b]]]
-        captions += [f"{_name(names, label)}\nnoisy image", "expected image"]
+        captions += [f"{lettering.caption(names, label)}\nnoisy image", "expected image"]
     return _table(rows, captions=captions, heads=[*(f"t = {t:.2f}" for t in frames.times.tolist()), "t = 1"])
 
 
@@ -116,13 +117,9 @@ def _smooth(value: np.ndarray) -> np.ndarray:
     return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
 
 
-def _name(names: Sequence[str], label: int) -> str:
-    return names[label] if label < len(names) else "no class"
-
-
 def _table(rows: list[list[np.ndarray]], *, captions: Sequence[str], heads: Sequence[str] = ()) -> Image.Image:
     """Rows of equal-sized images with a caption at the left of each and, where given, a head above each column."""
-    font = ImageFont.load_default(size=_TEXT)
+    font = lettering.font(_TEXT)
     height, width = rows[0][0].shape[:2]
     scale = max(round(_CELL / width), 1)
     height, width = height * scale, width * scale

@@ -1,11 +1,19 @@
 """Paths on a disk or in a bucket: whole files or nothing, and room for them."""
 
+import hashlib
 import os
+import re
 import shutil
 
 from etils import epath
 
 from dip_jax.errors import UserError
+
+# What names end in that are meant as files: a directory of such a name would be a misunderstanding.
+_FILES = re.compile(
+    r"\.(avi|bin|bmp|ckpt|csv|gif|gz|h5|html|jpe?g|json|jxl|mp4|np[yz]|parquet|pb|pdf|pickle|pkl|png|pth?|safetensors|svg|tar|tfrecord"
+    r"|tgz|tiff?|txt|webp|ya?ml|zip|zst)$"
+)
 
 
 def is_local(path: epath.PathLike) -> bool:
@@ -38,6 +46,44 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def file_digest(path: epath.PathLike) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def suffix_of(path: epath.PathLike) -> str:
+    """What makes a name that of a file: ".png" of "a.PNG"; "" where nothing does, as of "runs/a", "a/" or "guidance_4.0"."""
+    found = _FILES.search(os.fspath(path).lower())
+    return found.group() if found else ""
+
+
+def require_file_name(path: epath.PathLike, *, flag: str, suffix: str) -> None:
+    """Checks that an output is named as a file of its kind, capitals or not, and that no directory has that name.
+
+    Raises:
+        UserError: if not.
+    """
+    name = os.fspath(path)
+    if suffix_of(name) != suffix:
+        raise UserError(f"{flag}={name} must end in {suffix}, which is what is written")
+    if absolute(path).is_dir():
+        raise UserError(f"{flag}={name} is a directory where a file is to be written: choose another name, or move it away")
+
+
+def require_folder_name(path: epath.PathLike, *, flag: str) -> None:
+    """Checks that an output can be a directory: that no file has that name, and that it is not named like one.
+
+    Raises:
+        UserError: if not.
+    """
+    name = os.fspath(path)
+    if suffix := suffix_of(name):
+        raise UserError(f"{flag}={name} is to be a directory: name it without {suffix}")
+    if absolute(path).is_file():
+        raise UserError(f"{flag}={name} is a file where a directory is to be made: choose another name, or move it away")
 
 
 def require_writable(workdir: epath.Path) -> None:

@@ -1,7 +1,8 @@
 """Where samples go on disk, so that a killed run goes on and ends with the same bytes as one that was not.
 
-    FILE.npz                 the ADM evaluator's format: arr_0 uint8 [N,H,W,3], arr_1 int64 [N]; not compressed
-    FILE.npz.json            what the images were made with; another run into the same output must agree
+    FILE.npz                 the ADM evaluator's format: arr_0 uint8 [N,H,W,3], arr_1 int64 [N]; not compressed; and `settings`,
+                             which that evaluator passes over: the JSON of what the images were made with, as text
+    FILE.npz.json            the same; another run into the same output must agree
     FILE.npz.parts/000012    raw pixels of batch 12, while unfinished
 
     DIR/settings.json        the same, for a directory of pictures
@@ -26,6 +27,7 @@ from dip_jax.errors import UserError
 from dip_jax.runtime import storage
 
 _CHUNK = 1 << 20  # bytes copied at once when the parts are joined
+_INSIDE = "settings"  # name of the array that holds them
 
 
 class Output(Protocol):
@@ -120,6 +122,9 @@ class NpzFile:
                             member.write(chunk)
             with _member(archive, "arr_1.npy") as member:
                 np.lib.format.write_array(member, self._labels.astype(np.int64), version=(1, 0), allow_pickle=False)
+            with _member(archive, f"{_INSIDE}.npy") as member:  # a file that is sent to somebody says itself what it holds
+                text = json.dumps(json.loads(self._settings.read_text()))
+                np.lib.format.write_array(member, np.array(text), version=(1, 0), allow_pickle=False)
 
 
 class PictureFolder:
@@ -155,11 +160,46 @@ class PictureFolder:
         """See `Output`: nothing is left to do."""
 
 
+def kind_of(out: str) -> str:
+    """What --out asks for by its name, capitals or not: ".png" (a picture), ".npz", or "" (a directory of pictures).
+
+    Raises:
+        UserError: it is named like a file of another kind, or exists as another kind of thing.
+    """
+    kind = storage.suffix_of(out)
+    if not kind:
+        storage.require_folder_name(out, flag="--out")
+    elif kind not in (".png", ".npz"):
+        raise UserError(
+            f"--out={out}: samples come as FILE.png (a row per class), FILE.npz or a directory of PNGs, not as {kind}"
+        )
+    else:
+        storage.require_file_name(out, flag="--out", suffix=kind)
+    return kind
+
+
 def read_settings(path: epath.PathLike) -> dict[str, Any]:
     """What the samples at FILE.npz or DIR were made with; empty where nothing says so (a file from elsewhere)."""
     path = storage.absolute(path)
-    settings = path / "settings.json" if path.is_dir() else path.parent / f"{path.name}.json"
-    return json.loads(settings.read_text()) if settings.exists() else {}
+    texts: list[str | bytes] = [_settings_inside(path)] if path.is_file() else []
+    beside = path / "settings.json" if path.is_dir() else path.parent / f"{path.name}.json"
+    texts += [beside.read_bytes()] if beside.is_file() else []
+    for text in texts:
+        try:
+            settings = json.loads(text)
+        except ValueError:  # another program's
+            continue
+        if isinstance(settings, dict):
+            return settings
+    return {}
+
+
+def _settings_inside(path: epath.Path) -> str:
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive, archive.open(f"{_INSIDE}.npy") as member:
+            return str(np.lib.format.read_array(member, allow_pickle=False))
+    except (KeyError, ValueError, zipfile.BadZipFile):
+        return ""
 
 
 def _claim(file: epath.Path, settings: Mapping[str, Any], *, begun: bool, out: epath.Path) -> None:

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 from dip_jax import config
 from dip_jax.checkpoints import teacher
 from dip_jax.errors import UserError
-from dip_jax.metrics.image_sets import file_digest
 from dip_jax.models import alignment, dinov2
 from dip_jax.runtime import sharding
+from dip_jax.runtime.storage import file_digest
 from dip_jax.typing import Images, Params, PRNGKey, Tokens
 
 PROJECTOR = "projector"

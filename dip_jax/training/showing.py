@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from dip_jax.config import Config, Train
-from dip_jax.metrics import image_sets, judge
+from dip_jax.metrics import cache, image_sets, judge
 from dip_jax.models import dip
 from dip_jax.reporting import figures
 from dip_jax.runtime import distributed, writers
@@ -45,8 +45,9 @@ class Show:
         self._config, self._model, self._mesh, self._class_names = config, model, mesh, class_names
         self._judge = None
         if config.train.eval_every:  # opened on the host that judges
-            size, cache = config.model.image_size[0], judge.default_cache()
-            self._judge = distributed.on_main(lambda: judge.open_judge(config.eval, image_size=size, cache=cache))
+            samples = {"name": "this run", "image_shape": (*config.model.image_size, 3)}
+            folder = cache.default_folder()
+            self._judge = distributed.on_main(lambda: judge.open_judge(config.eval, **samples, cache=folder))
 
     def picture(self, params: Params) -> np.ndarray:
         """A row of samples per class, uint8 [H, W, 3]."""
@@ -58,7 +59,7 @@ class Show:
         """Metrics of as many samples as `eval` says, in the main process; the others wait for it and get none."""
         labels = np.arange(self._config.eval.num_samples, dtype=np.int32) % self._config.model.num_classes
         images = image_sets.from_array(self._draw(params, labels), labels)
-        return distributed.on_main(lambda: self._judge(images)) or {}
+        return distributed.on_main(lambda: self._judge(images).metrics) or {}
 
     def _draw(self, params: Params, labels: np.ndarray) -> np.ndarray:
         options = self._config.sample

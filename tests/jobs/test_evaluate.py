@@ -20,9 +20,10 @@ from dip_jax.data import prepared
 from dip_jax.errors import UserError
 from dip_jax.jobs import evaluate as job
 from dip_jax.jobs import train
-from dip_jax.metrics import features, image_sets, inputs, statistics
+from dip_jax.metrics import features, image_sets, inputs, npz_files, statistics
 from dip_jax.metrics.judge import Judge
 from dip_jax.models import dip
+from dip_jax.runtime import storage
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def test_the_protocol_says_how(tmp_path):
     protocol = json.loads(json.dumps(found.protocol))
     assert protocol["features"] == "toy" and protocol["features_sha256"] == "0" * 64
     assert protocol["reference_images"] == 50 and protocol["input"] == "4x4 as they are"
-    assert protocol["reference_fingerprint"] == image_sets.file_digest(tmp_path / "r.npz")
+    assert protocol["reference_fingerprint"] == storage.file_digest(tmp_path / "r.npz")
     assert "5000" in protocol["inception_score"] and "k=3" in protocol["precision_recall"]
 
 
@@ -87,7 +88,7 @@ def test_a_reference_is_summarised_once_and_its_copy_survives_damage(tmp_path, m
     (kept,) = tmp_path.iterdir()
     seen = []
     real = features.summarise
-    monkeypatch.setattr("dip_jax.metrics.judge.summarise", lambda *a, **k: seen.append(a[1].count) or real(*a, **k))
+    monkeypatch.setattr("dip_jax.metrics.features.summarise", lambda *a, **k: seen.append(a[1].count) or real(*a, **k))
     assert job.evaluate(samples, references, features="lite0", cache=tmp_path).metrics == first.metrics
     assert seen == [40]
     assert job.evaluate(samples, pictures(3, 50), features="lite0", cache=tmp_path).metrics != first.metrics
@@ -109,27 +110,27 @@ def test_statistics_of_a_reference_file_are_used_where_the_network_is_theirs(tmp
     np.savez(tmp_path / "both.npz", arr_0=references, **arrays)
     np.savez(tmp_path / "statistics.npz", **arrays)
     published = network(suffix="")
-    own = Judge(published, image_sets.from_array(references))(image_sets.from_array(samples))
-    both = Judge(published, image_sets.read_reference(tmp_path / "both.npz"))(image_sets.from_array(samples))
-    alone = Judge(published, image_sets.read_reference(tmp_path / "statistics.npz"))(image_sets.from_array(samples))
+    own = Judge(published, image_sets.from_array(references))(image_sets.from_array(samples)).metrics
+    both = Judge(published, npz_files.read_reference(tmp_path / "both.npz"))(image_sets.from_array(samples)).metrics
+    alone = Judge(published, npz_files.read_reference(tmp_path / "statistics.npz"))(image_sets.from_array(samples)).metrics
     assert both["fid"] != pytest.approx(own["fid"], rel=1e-3) and both["sfid"] == pytest.approx(own["sfid"], rel=1e-4)
     assert both["precision"] == own["precision"] and alone["fid"] == both["fid"] and "precision" not in alone
-    other = Judge(network(), image_sets.read_reference(tmp_path / "both.npz"))(image_sets.from_array(samples))
+    other = Judge(network(), npz_files.read_reference(tmp_path / "both.npz"))(image_sets.from_array(samples)).metrics
     assert other["fid_toy"] == pytest.approx(own["fid"], rel=1e-9)
     with pytest.raises(UserError, match="statistics of Inception features but no images"):
-        Judge(network(), image_sets.read_reference(tmp_path / "statistics.npz"))
+        Judge(network(), npz_files.read_reference(tmp_path / "statistics.npz"))
     np.savez(tmp_path / "statistics.npz", **(arrays | {"mu": np.zeros(9), "sigma": np.eye(9)}))
     with pytest.raises(UserError, match="have 9 dimensions, expected 6"):
-        Judge(published, image_sets.read_reference(tmp_path / "statistics.npz"))
+        Judge(published, npz_files.read_reference(tmp_path / "statistics.npz"))
 
 
 def test_the_nearest_neighbour_names_the_class():
     references, labels = pictures(2, 80), np.arange(80) % 4
     gallery = image_sets.from_array(references, labels)
     judge = Judge(network(), image_sets.from_array(pictures(3, 20)), gallery=gallery)
-    assert judge(gallery)["nearest_toy"] == 1.0
-    assert judge(image_sets.from_array(references, (labels + 1) % 4))["nearest_toy"] == 0.0
-    assert "nearest_toy" not in judge(image_sets.from_array(references))
+    assert judge(gallery).metrics["nearest_toy"] == 1.0
+    assert judge(image_sets.from_array(references, (labels + 1) % 4)).metrics["nearest_toy"] == 0.0
+    assert "nearest_toy" not in judge(image_sets.from_array(references)).metrics
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_the_nearest_neighbour_names_the_class():
     ],
 )
 def test_sets_that_do_not_fit_are_refused_before_anything_runs(samples, references, message, monkeypatch):
-    monkeypatch.setattr("dip_jax.metrics.judge.summarise", lambda *a, **k: pytest.fail("ran"))
+    monkeypatch.setattr("dip_jax.metrics.features.summarise", lambda *a, **k: pytest.fail("ran"))
     with pytest.raises(UserError, match=message):
         job.evaluate(samples, references, features="lite0")
 
@@ -167,18 +168,21 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     names = [f"--samples={tmp_path}/s.npz", f"--reference={tmp_path}/r.npz"]
     command(*names, "--features=lite0", f"--out={out}", f"--cache={tmp_path}/cache", "--precision=highest")
     found = json.loads(out.read_text())
-    assert found["rows"][0]["N"] == 60 and found["sampling"] == {"guidance": 4.0, "steps": 100}
+    assert found["rows"][0]["N"] == 60 and found["sampling"] == {"s.npz": {"guidance": 4.0, "steps": 100}}
     assert found["protocol"]["matmul_precision"] == "highest"
     printed = capsys.readouterr().out
-    assert "fid_toy" in printed and "guidance=4.0" in printed and "features_sha256=" in printed
+    assert printed.splitlines()[0].split()[:3] == ["row", "N", "fid_toy"] and "guidance    4\n" in printed
+    assert "features    toy, images 4x4 as they are\n" in printed and "sha256" not in printed
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "name one of --samples=FILE.npz and --workdir=DIR"),
+        ([], "name one of --samples"),
         (["--samples=a.npz", "--workdir=b"], "name one of"),
+        (["--samples="], "name one of"),
         (["--samples=a.npz"], "--reference is missing"),
+        (["--samples=a.npz", "--reference="], "--reference is missing"),
         (["--samples=a.npz", "--reference=b.npz"], r"a\.npz: no such file"),
         (["--workdir=nowhere"], "is no directory"),
     ],
@@ -231,8 +235,8 @@ def test_a_workdir_gives_a_row_per_weights_and_a_report(tmp_path, capsys):
         assert [row["row"] for row in rows] == [name for name in names if not more or name != "last weights"]
         assert all(row["N"] == 8 and list(row) == list(rows[0]) and "nearest_toy" in row for row in rows)
         assert rows[0]["fid_toy"] < rows[-1]["fid_toy"]
-    sampling = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sampling"]
-    assert sampling["steps"] == 2 and sampling["nfe"] == "2+1" and sampling["step"] == "2"
+    sampling = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sampling"]["averaged weights (EMA)"]
+    assert sampling["steps"] == 2 and sampling["nfe"] == {"conditional": 2, "unconditional": 1} and sampling["step"] == "2"
     assert "averaged weights (EMA)" in (tmp_path / "run" / "report.html").read_text()
     assert "untrained" in capsys.readouterr().out
 
@@ -240,13 +244,15 @@ def test_a_workdir_gives_a_row_per_weights_and_a_report(tmp_path, capsys):
 def test_converted_weights_are_judged_without_data_or_a_training_state(dataset, tmp_path):
     """They have the averaged weights alone, and the config of no run."""
     small = {"depth": 1, "width": 32, "num_heads": 2, "patch_size": 8, "image_size": (16, 16), "num_classes": 3}
-    run = config.Config(model=config.Model(size="tiny", head_width=4, dtype="float32", **small), sample=config.Sample(steps=2))
+    run = config.Config(model=config.Model(size="tiny", head_width=4, dtype="bfloat16", **small), sample=config.Sample(steps=2))
     params = jax.jit(dip.from_config(run.model).init)(jax.random.key(1))
     checkpoint.write_weights(tmp_path / "run", params, config=run)
     workdir, count = f"--workdir={tmp_path}/run", "--num_samples=8"
     with pytest.raises(UserError, match="--reference is missing"):
         command(workdir, count)
-    command(workdir, count, f"--reference={dataset}", f"--cache={tmp_path}/cache")
+    command(workdir, count, f"--reference={dataset}", f"--cache={tmp_path}/cache", "--precision=highest")
+    drawn = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sampling"]["averaged weights (EMA)"]
+    assert drawn["dtype"] == "float32"
     (row,) = rows_of(tmp_path / "run")
     assert row["row"] == "averaged weights (EMA)" and row["N"] == 8 and "nearest_toy" not in row
     assert "class 2" in (tmp_path / "run" / "report.html").read_text()
@@ -258,4 +264,10 @@ def test_a_run_whose_data_went_elsewhere_is_judged_and_says_what_is_missing(data
     run = config.Config(model=model, sample=config.Sample(steps=2), data=config.Data(path=str(tmp_path / "gone")))
     checkpoint.write_weights(tmp_path / "run", jax.jit(dip.from_config(model).init)(jax.random.key(1)), config=run)
     command(f"--workdir={tmp_path}/run", "--num_samples=8", f"--reference={dataset}", f"--cache={tmp_path}/cache")
-    assert "No row of real images and no nearest neighbour: no dataset at" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "No row of real images and no nearest neighbour: no dataset at" in printed.out
+    assert [line for line in printed.err.splitlines() if not line.startswith("data")][:3] == [
+        f"reading the newest checkpoint of {tmp_path}/run",
+        "step 0: 8 samples each of averaged weights (EMA)",
+        "averaged weights (EMA): 8 images",
+    ]

@@ -1,15 +1,20 @@
 """`python -m dip_jax sample` as its user meets it: pictures, files, mistakes in one line. Kills are in test_sample_hosts.py."""
 
+import dataclasses
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
+import small_data
 from PIL import Image
 
 from dip_jax import config
 from dip_jax.__main__ import main
 from dip_jax.checkpoints import checkpoint, directories, manifest
+from dip_jax.errors import UserError
+from dip_jax.jobs import sample as job
 from dip_jax.models import dip
 from dip_jax.sampling import sample_files
 
@@ -74,7 +79,7 @@ def test_settings_state_the_protocol(workdir, tmp_path):
     ("flags", "message"),
     [
         (["--labels=4000"], "label 4000 is not a class: this model has 0..3"),
-        (["--labels=cat"], "--labels: 'cat' is not a number"),
+        (["--labels=cat"], "--labels: 'cat' names no class of this model, 'class 0' .. 'class 3' (0..3)"),
         (["--labels=1", "--classes=2"], "name one of --labels and --classes"),
         (["--classes=5"], "--classes=5 must lie in 1..4"),
         (["--steps=0"], "sample.steps=0 must lie in 1..1000"),
@@ -95,6 +100,82 @@ def test_mistakes_are_one_line_before_compiling(flags, message, workdir, tmp_pat
     assert main(["sample", f"--workdir={workdir}", f"--out={tmp_path / 'samples.npz'}", *flags]) == 2
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("dip_jax sample: ") and message in last
+
+
+OTHER_KINDS = [
+    *(
+        (f"--out={{tmp}}/x{suffix}", f"not as {suffix.lower()}")
+        for suffix in (".jpg", ".JPEG", ".webp", ".gif", ".zip", ".npy")
+    ),
+    ("--out={tmp}/folder.png", "is a directory where a file is to be written"),
+    ("--out={tmp}/folder.NPZ", "is a directory where a file is to be written"),
+    ("--out={tmp}/file", "is a file where a directory is to be made"),
+    ("--trajectory={tmp}/steps.jpg", "--trajectory={tmp}/steps.jpg must end in .png"),
+    ("--trajectory={tmp}/folder.png", "is a directory where a file is to be written"),
+]
+
+
+@pytest.mark.parametrize(("flag", "message"), OTHER_KINDS, ids=lambda text: text.replace("{tmp}/", ""))
+def test_outputs_of_another_kind_are_refused_before_any_work(flag, message, workdir, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("dip_jax.checkpoints.directories.find", None)
+    for folder in ("folder.png", "folder.NPZ"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["sample", f"--workdir={workdir}", f"--out={tmp_path}/s.npz", flag.format(tmp=tmp_path)]) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert message.format(tmp=tmp_path) in line and sorted(tmp_path.rglob("*")) == before
+
+
+def test_capitals_do_not_matter(workdir, tmp_path):
+    base = ["sample", f"--workdir={workdir}", "--num_samples=4"]
+    assert main([*base, f"--out={tmp_path / 'GRID.PNG'}", f"--trajectory={tmp_path / 'STEPS.PNG'}"]) == 0
+    assert main([*base, f"--out={tmp_path / 'S.NPZ'}"]) == 0
+    assert (tmp_path / "GRID.PNG").read_bytes()[:4] == (tmp_path / "STEPS.PNG").read_bytes()[:4] == b"\x89PNG"
+    with np.load(tmp_path / "S.NPZ") as file:
+        assert len(file["arr_0"]) == 4
+
+
+NAMED = {"Dog": 2, "dog": 2, "DOG": 2, "Cat": 3, "cat": 1, "3": 3, "7": 7}
+
+
+@pytest.mark.parametrize("text", NAMED)
+def test_classes_go_by_name_too(text):
+    assert (
+        job._class_of(text, ["7", "cat", "Dog", "Cat"]) == NAMED[text]
+    )  # a number is a number, also where a class has that name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("CAT", "names no class"), ("dgo", "did you mean 'dog'?"), ("", "names no class")]
+)
+def test_a_name_of_no_or_several_classes(text, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        job._class_of(text, ["cat", "Cat", "dog"])
+
+
+def test_names_come_from_the_dataset_of_the_run(workdir, tmp_path):
+    small_data.write_dataset(tmp_path / "data", 8, size=16, classes=4)
+    run = checkpoint.read_record(directories.find(workdir, verify=False, report=print)).config
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, path=str(tmp_path / "data")))
+    params = jax.jit(dip.from_config(run.model).init)(jax.random.key(1))
+    checkpoint.write_weights(tmp_path / "named", params, config=run)
+    out = tmp_path / "samples.npz"
+    assert main(["sample", f"--workdir={tmp_path / 'named'}", "--labels=class_3,1", "--num_samples=4", f"--out={out}"]) == 0
+    with np.load(out) as file:
+        assert file["arr_1"].tolist() == [3, 1, 3, 1]
+
+
+def test_the_console_says_the_protocol_in_short_lines(workdir, tmp_path, capfd):
+    assert main(["sample", f"--workdir={workdir}", "--num_samples=4", f"--out={tmp_path / 's.npz'}"]) == 0
+    lines = capfd.readouterr().err.splitlines()[:6]
+    assert lines[:5] == [
+        "drawing   4 images of 16x16",
+        "weights   ema, step 7, float32",
+        "solver    euler, 3 steps, 3 + 0 network evaluations each",
+        "guidance  1, where 0.1 < t < 1",
+        "seed      0",
+    ]
 
 
 def test_missing_checkpoint_and_changed_settings(workdir, tmp_path, capfd):

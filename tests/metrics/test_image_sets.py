@@ -1,8 +1,6 @@
-"""Sets of images from .npz files: read as a stream, never unpickled, and one clear line for everything malformed."""
+"""Arrays of images, and what is said of those in another form: the expression in the message must make pixels of them."""
 
-import io
-import pickle
-import zipfile
+import re
 
 import numpy as np
 import pytest
@@ -10,124 +8,62 @@ import pytest
 from dip_jax.errors import UserError
 from dip_jax.metrics import image_sets
 
-PIXELS = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3), dtype=np.uint8)
-STATISTICS = {"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+PIXELS = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
+PIXELS[0, 0, 0], PIXELS[0, 0, 1] = 0, 255
+GREY = PIXELS[..., :1].repeat(3, axis=3)
 
 
-def save(path, **arrays):
-    np.savez(path, **arrays)
-    return path
-
-
-@pytest.mark.parametrize("writer", [np.savez, np.savez_compressed])
-@pytest.mark.parametrize("size", [1, 3, 7, 50])
-def test_batches_are_the_images_in_order(tmp_path, writer, size):
-    writer(tmp_path / "a.npz", arr_0=PIXELS, arr_1=np.arange(7))
-    images = image_sets.from_npz(tmp_path / "a.npz")
-    assert (images.count, images.image_shape) == (7, (4, 5, 3))
-    np.testing.assert_array_equal(images.labels, np.arange(7))
-    batches = list(images.batches(size))
-    assert all(len(batch) == size for batch in batches[:-1])
-    np.testing.assert_array_equal(np.concatenate(batches), PIXELS)
-    np.testing.assert_array_equal(np.concatenate(list(images.batches(size))), PIXELS)  # a second time
-
-
-def test_arrays_and_files_of_other_pixels_have_other_fingerprints(tmp_path):
+def test_arrays_of_other_pixels_have_other_fingerprints():
     other = PIXELS.copy()
     other[0, 0, 0, 0] ^= 1
     assert image_sets.from_array(PIXELS).fingerprint != image_sets.from_array(other).fingerprint
-    a, b = save(tmp_path / "a.npz", arr_0=PIXELS), save(tmp_path / "b.npz", arr_0=other)
-    assert image_sets.from_npz(a).fingerprint != image_sets.from_npz(b).fingerprint
 
 
-class Executed:
-    def __reduce__(self):
-        return (open, ("executed", "w"))
-
-
-def objects(path):
-    """An arr_0 of dtype object whose pickle would make a file."""
-    member = io.BytesIO()
-    np.lib.format.write_array_header_1_0(member, {"descr": "|O", "fortran_order": False, "shape": (1,)})
-    member.write(pickle.dumps([Executed()], protocol=2))
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("arr_0.npy", member.getvalue())
-
-
-MALFORMED = {
-    "pickled": (objects, "pickled Python objects, which are never loaded"),
-    "floats": (lambda path: save(path, arr_0=np.zeros((2, 4, 4, 3), np.float32)), "holds float32, expected uint8 pixels"),
-    "int64": (lambda path: save(path, arr_0=np.zeros((2, 4, 4, 3), np.int64)), "holds int64, expected uint8"),
-    "empty": (lambda path: save(path, arr_0=np.zeros((0, 4, 4, 3), np.uint8)), "shape \\[0, 4, 4, 3\\], expected"),
-    "channels first": (lambda path: save(path, arr_0=np.zeros((2, 3, 4, 4), np.uint8)), "shape \\[2, 3, 4, 4\\], expected"),
-    "fortran": (lambda path: save(path, arr_0=np.asfortranarray(PIXELS)), "in Fortran order"),
-    "other name": (lambda path: save(path, images=PIXELS), "holds images; expected uint8 images"),
-    "labels missing": (lambda path: save(path, arr_0=PIXELS, arr_1=np.arange(6)), "arr_1 holds int64 \\[6\\], expected 7"),
-    "float labels": (lambda path: save(path, arr_0=PIXELS, arr_1=np.zeros(7)), "arr_1 holds float64 \\[7\\], expected 7"),
-    "object labels": (lambda path: save(path, arr_0=PIXELS, arr_1=np.array([None] * 7)), "arr_1 cannot be read"),
-    "no zip": (lambda path: path.write_bytes(b"PNG..."), "not an .npz file, or a damaged one"),
-    "no npy": (lambda path: zipfile.ZipFile(path, "w").writestr("arr_0.npy", b"hello"), "not an array written by numpy"),
-    "missing": (lambda path: None, "no such file"),
+FORMS = {
+    "channels first": (PIXELS.transpose(0, 3, 1, 2), PIXELS),
+    "alpha": (np.concatenate([PIXELS, PIXELS[..., :1]], axis=3), PIXELS),
+    "alpha, channels first": (np.concatenate([PIXELS, PIXELS[..., :1]], axis=3).transpose(0, 3, 1, 2), PIXELS),
+    "one channel": (PIXELS[..., :1], GREY),
+    "no channel": (PIXELS[..., 0], GREY),
+    "float 0..1": (PIXELS.astype(np.float32) / 255, PIXELS),
+    "half -1..1": ((PIXELS.astype(np.float64) / 127.5 - 1).astype(np.float16), None),
+    "double -1..1": (PIXELS.astype(np.float64) / 127.5 - 1, PIXELS),
+    "-1..1 and a little beyond": (PIXELS.astype(np.float64) / 127.5 * 1.02 - 1.02, None),
+    "float 0..255": (PIXELS.astype(np.float32), PIXELS),
+    "int64": (PIXELS.astype(np.int64), PIXELS),
+    "float -1..1, channels first": (PIXELS.transpose(0, 3, 1, 2).astype(np.float64) / 127.5 - 1, PIXELS),
 }
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_files_are_one_clear_line(tmp_path, monkeypatch, case):
-    monkeypatch.chdir(tmp_path)
-    make, message = MALFORMED[case]
-    make(tmp_path / "a.npz")
-    with pytest.raises(UserError, match=message) as error:
-        image_sets.from_npz(tmp_path / "a.npz")
-    assert "\n" not in str(error.value) and str(error.value).startswith(str(tmp_path))
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_cut_or_changed_file_is_found(tmp_path):
-    path = save(tmp_path / "a.npz", arr_0=PIXELS)
-    whole = path.read_bytes()
-    for cut in (10, len(whole) // 2, len(whole) - 3):
-        path.write_bytes(whole[:cut])
-        with pytest.raises(UserError, match="damaged"):
-            image_sets.from_npz(path)
-    at = whole.index(PIXELS.tobytes()) + 100
-    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    with pytest.raises(UserError, match="damaged"):
-        list(image_sets.from_npz(path).batches(3))
-
-
-def test_a_header_that_announces_more_pixels_than_there_are(tmp_path):
-    member = io.BytesIO()
-    np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 256, 256, 3)})
-    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        archive.writestr("arr_0.npy", member.getvalue())
-    with pytest.raises(UserError, match="does not hold the"):
-        image_sets.from_npz(tmp_path / "a.npz")
-
-
-def test_references_of_images_statistics_and_both(tmp_path):
-    images = image_sets.read_reference(save(tmp_path / "a.npz", arr_0=PIXELS))
-    assert images.images.count == 7 and images.pool is None
-    statistics = image_sets.read_reference(save(tmp_path / "b.npz", **STATISTICS))
-    assert statistics.images is None and statistics.pool.mean.shape == (4,) and statistics.spatial.covariance.shape == (3, 3)
-    both = image_sets.read_reference(save(tmp_path / "c.npz", arr_0=PIXELS, **STATISTICS))
-    assert both.images.count == 7 and both.pool.count is None
+@pytest.mark.parametrize("form", FORMS)
+def test_the_expression_in_the_message_mends_the_array(form):
+    given, expected = FORMS[form]
+    with pytest.raises(UserError) as error:
+        image_sets.from_array(given, name="x")
+    message = str(error.value)
+    assert f"x holds {given.dtype} {list(given.shape)}" in message and "\n" not in message
+    if given.dtype != np.uint8:
+        low, high = re.search(r"with values from (\S+) to (\S+),", message).groups()
+        assert float(low) == pytest.approx(given.min(), rel=1e-3) and float(high) == pytest.approx(given.max(), rel=1e-3)
+    mended = eval(message.split(": save ")[1], {"np": np, "x": given})
+    assert image_sets.from_array(mended).count == 7
+    if expected is not None:
+        np.testing.assert_array_equal(mended, expected)
 
 
 @pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"sigma": None}, "has mu, mu_s, sigma_s but not sigma"),
-        ({"mu_s": None, "sigma_s": None}, "but not mu_s, sigma_s"),
-        ({"sigma": np.eye(3)}, "are not a finite mean"),
-        ({"mu": np.full(4, np.nan)}, "are not a finite mean"),
-        ({"mu": np.zeros(4, np.int32)}, "are not a finite mean"),
-        (dict.fromkeys(STATISTICS) | {"other": np.zeros(1)}, "holds other; expected images"),
-    ],
+    "given",
+    [PIXELS.astype(np.float32) * 3, PIXELS.astype(np.int16) - 9, np.full((7, 5, 6, 3), np.nan), np.ones((7, 5, 6, 3), bool)],
+    ids=["up to 765", "below 0", "nan", "bool"],
 )
-def test_references_with_missing_or_misfitting_keys(tmp_path, change, message):
-    arrays = {name: value for name, value in (STATISTICS | change).items() if value is not None}
-    with pytest.raises(UserError, match=message) as error:
-        image_sets.read_reference(save(tmp_path / "a.npz", **arrays))
-    assert "\n" not in str(error.value)
+def test_values_without_a_rule_are_not_given_one(given):
+    with pytest.raises(UserError, match=r"follow no rule that is known here$"):
+        image_sets.from_array(given)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 6, 3), (7, 0, 6, 3), (7, 5, 6, 9), (7, 90), (7,)])
+def test_shapes_that_are_no_images(shape):
+    with pytest.raises(
+        UserError, match=re.escape(f"{list(shape)}, expected uint8 [N, H, W, 3] of pixels 0..255 and at least one")
+    ):
+        image_sets.from_array(np.zeros(shape, np.uint8))
