@@ -9,6 +9,7 @@
     remat    folded, its activations made again in the backward pass
     convs    folded, but the 1x1 and 2x2 levels as convolutions instead of dense products
     dense4   folded, dense products up to 4x4
+    plain    folded, but no kernel composed: transposed convolutions first
 
 All have the same parameters and inputs and run in turn. `difference` is the largest one from the first, relative to the largest
 value: of the output, of the gradients. FLOPs are those of the folded head by formula (`cost`) and, of each, by XLA.
@@ -33,11 +34,12 @@ from dip_jax.models.dip import build
 from dip_jax.models.placement import MappedHead
 
 DENSE = {"convs": 0, "dense4": 4}
-NAMES = ("naive", "folded", "grouped", "remat", *DENSE)
+NAMES = ("naive", "folded", "grouped", "remat", *DENSE, "plain")
 
 
 def over_patches(head):
-    return jax.vmap(jax.vmap(head, (None, 0, 0, None)), (None, 0, 0, 0))
+    images, patches = folding.AXES
+    return jax.vmap(jax.vmap(head, (None, 0, 0, None), axis_name=patches), (None, 0, 0, 0), axis_name=images)
 
 
 def formulation(name: str, model):
@@ -49,11 +51,14 @@ def formulation(name: str, model):
         return lambda params, p, s, t: MappedHead(config).apply({"params": params}, p, s, t)
 
     def head(params, p, s, t):
-        before, folding.DENSE_SIDE = folding.DENSE_SIDE, DENSE.get(name, folding.DENSE_SIDE)
+        before = folding.DENSE_SIDE, folding.composes
+        folding.DENSE_SIDE = DENSE.get(name, folding.DENSE_SIDE)
+        if name == "plain":
+            folding.composes = lambda *sizes, patches: False
         try:
             return UNet(model.config).apply({"params": params}, p, s, t)
         finally:
-            folding.DENSE_SIDE = before
+            folding.DENSE_SIDE, folding.composes = before
 
     return over_patches(jax.checkpoint(head) if name == "remat" else head)
 
@@ -69,7 +74,6 @@ def measure(options: argparse.Namespace) -> list[dict]:
         image_size=options.image_size,
         head_width=options.width,
         dtype=options.dtype,
-        head_zero_init=False,
     )
     patches = (options.image_size // options.patch_size) ** 2
     keys = jax.random.split(jax.random.key(0), 4)

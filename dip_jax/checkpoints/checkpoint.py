@@ -112,14 +112,13 @@ class Checkpoints:
 
         Args:
             found: from `find`.
-            target: a `TrainState` of `jax.ShapeDtypeStruct` with shardings, of any mesh.
-            partial: leave out what only the checkpoint has.
+            target: a `TrainState` of `jax.ShapeDtypeStruct` with shardings, of any mesh; `partial`: less than was saved.
 
         Raises:
             UserError: if names, shapes or dtypes differ from the target, listing leaves.
         """
-        state = _read(found.path / "state", _state(target), partial=partial)
-        return target.replace(**state, ema=_read(found.path / "ema", target.ema))
+        ema = _read(found.path / "ema", target.ema)
+        return target.replace(**_read(found.path / "state", _state(target), partial=partial), ema=ema)
 
     def save(self, step: int, state: Any, record: Record) -> None:
         """Starts a save and returns once the arrays are copied off the devices. Does nothing where the step exists.
