@@ -16,16 +16,16 @@ from dip_jax.runtime import distributed
 from dip_jax.__main__ import main
 from dip_jax.data import images, writing
 
-decode, journal, last = images.decode, os.environ["JOURNAL"], int(os.environ["LAST"])
+load, journal, last = images.load, os.environ["JOURNAL"], int(os.environ["LAST"])
 
 def counted(data):
     with open(journal, "ab") as file:
         file.write(b".")
     while os.path.getsize(journal) > last:
         time.sleep(0.01)
-    return decode(data)
+    return load(data)
 
-images.decode = counted
+images.load = counted
 writing.RECORDS_PER_SHARD = int(os.environ["SHARD"])
 writing._GRACE = 10.0
 distributed.HEARTBEAT_SECONDS = 10
