@@ -29,18 +29,18 @@ class Summary:
     notes: list[str] = field(default_factory=list)
 
 
-def check_limit(max_rejected: float) -> None:
+def check_limit(max_rejected: float | int) -> None:
     """Raises `UserError` where it is neither a share nor a number of images."""
     if max_rejected < 0 or (max_rejected >= 1 and max_rejected != int(max_rejected)):
         raise UserError(f"--max_rejected={max_rejected} must be a share below 1, or a whole number of images")
 
 
-def too_many(rejected: int, *, total: int, max_rejected: float) -> bool:
+def too_many(rejected: int, *, total: int, max_rejected: float | int) -> bool:
     """Whether more images are bad than a share (below 1) or a number (from 1) allows."""
     return rejected > (max_rejected if max_rejected >= 1 else max_rejected * total)
 
 
-def rejection(folder: pathlib.Path, summary: Summary, *, max_rejected: float) -> str:
+def rejection(folder: pathlib.Path, summary: Summary, *, max_rejected: float | int) -> str:
     """The line for too many bad images; `folder` is the unfinished work."""
     rejected = summary.rejected
     reason, _ = collections.Counter(reason for _, _, reason in rejected).most_common(1)[0]

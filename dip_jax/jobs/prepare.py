@@ -108,7 +108,7 @@ def prepare(
     quality: int = 95,
     exif: str = "ignore",
     processes: int | None = None,
-    max_rejected: float = 0.001,
+    max_rejected: float | int = 0.001,
 ) -> Summary | None:
     """Makes the dataset directory `out`, or goes on where a killed call stopped; the result is the same to the byte.
 
@@ -118,9 +118,7 @@ def prepare(
         source: a row of `sources.SOURCES`, "tfds:NAME" for a TFDS dataset.
         out: appears when it is complete; `out`.partial holds unfinished work.
         root: what --from says.
-        image_size, encoding: None is the source's own.
-        quality: of jpeg crops.
-        exif: row of `images.EXIF`.
+        image_size, encoding, quality, exif: as the flags; None is the source's own.
         processes: how many write on this host; None is one per CPU.
         max_rejected: bad images above which `out` does not appear: a share below 1, or a number of images.
 
@@ -136,15 +134,14 @@ def prepare(
     asked |= {"quality": quality, "exif": exif, "max_rejected": max_rejected, "code": distributed.code_version()}
     distributed.require_same(asked)
     summary.check_limit(max_rejected)
-    kind, _, argument = source.partition(":")
-    row = _source_row(kind)
+    row, argument = _source_row(source)
     out = pathlib.Path(out).expanduser().absolute()
     partial = out.parent / f"{out.name}.partial"
 
     @_explained(partial)
     def decide() -> writing.Storing:
-        begun = encoding or _begun_as(out, partial)
-        return _storing(row, encoding=begun, image_size=image_size, quality=quality, exif=exif)
+        stored = encoding or _begun_as(out, partial)
+        return _storing(row, encoding=stored, image_size=image_size, quality=quality, exif=exif)
 
     storing = distributed.on_all(decide)
     origin = f"{source} --from={root}" if root else source
@@ -182,11 +179,13 @@ def prepare(
         return distributed.on_main(lambda: _publish(partial, out, tasks, origin=origin, notes=notes, max_rejected=max_rejected))
 
 
-def _source_row(kind: str) -> sources.Source:
+def _source_row(source: str) -> tuple[sources.Source, str]:
+    """The row that --source names, and what follows the colon."""
+    kind, _, argument = source.partition(":")
     if kind not in sources.SOURCES:
         nearest = difflib.get_close_matches(kind, sources.SOURCES, n=1, cutoff=0.0)[0]
         raise UserError(f"--source={kind} is unknown: it is one of {', '.join(sources.SOURCES)}; did you mean {nearest!r}?")
-    return sources.SOURCES[kind]
+    return sources.SOURCES[kind], argument
 
 
 def _storing(row: sources.Source, *, encoding: str | None, image_size: int | None, quality: int, exif: str) -> writing.Storing:
@@ -264,7 +263,7 @@ def _publish(
     *,
     origin: str,
     notes: list[str],
-    max_rejected: float,
+    max_rejected: float | int,
 ) -> Summary:
     """Makes `out` of finished shards, unless too many images are bad."""
     with _explained(partial):
