@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow
 import pytest
 from pictures import encoded, photograph
+from places import ROOT
 from pyarrow import parquet
 from source_files import CLASSES, WRITERS, add_to_tar, generate, write_webdataset
 
@@ -43,6 +44,11 @@ def items(split) -> list[sources.Item]:
 
 def test_every_source_of_the_table_has_a_writer():
     assert set(WRITERS) == set(sources.SOURCES) - {"tfds", "photo_crops"}  # which have tests of their own
+
+
+def test_the_readme_has_a_command_for_every_source():
+    text = (ROOT / "README.md").read_text()
+    assert all(f"--source={source}" in text for source in set(sources.SOURCES) - {"photo_crops"})
 
 
 @pytest.mark.parametrize("source", WRITERS)
