@@ -1,5 +1,7 @@
 """`prepare` on what people really have: stray files, links in circles, rotated photographs; and what it says of it."""
 
+import dataclasses
+import json
 import os
 import pathlib
 import shlex
@@ -16,7 +18,7 @@ from preparing import make_folder
 
 import dip_jax
 from dip_jax import __main__
-from dip_jax.data import prepared, summary, workers, writing
+from dip_jax.data import prepared, shards, summary, workers, writing
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.jobs import train
 from dip_jax.jobs.prepare import prepare
@@ -107,6 +109,12 @@ def test_photographs_are_turned_where_that_is_asked(album, tmp_path):
         k = files.index(f"phone_{i}.jpg")
         assert np.abs(turned[k]["image"] - upright).mean() < 8, orientation
         assert np.abs(ignored[k]["image"] - upright).mean() > 30, orientation
+    assert dataclasses.replace(ignored.info, exif="rotate").fingerprint != ignored.fingerprint
+    file = tmp_path / "ignore" / shards.DATASET_FILE
+    values = json.loads(file.read_text())
+    del values["exif"]  # as in datasets from before there was a choice
+    file.write_text(json.dumps(values))
+    assert prepared.open_dataset(tmp_path / "ignore").fingerprint == ignored.fingerprint
     with pytest.raises(UserError, match="exists with exif=ignore where rotate is asked"):
         prepare("folder", out=tmp_path / "ignore", exif="rotate", **arguments)
     with pytest.raises(UserError, match="--exif=rotate turns crops, but --encoding=original"):
