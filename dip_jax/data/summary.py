@@ -93,6 +93,7 @@ def next_command(out: str, info: shards.DatasetInfo) -> str:
     """The training command for this dataset."""
     words = ["python", "-m", "dip_jax", "train", "--config=configs/dip.py:S", f"--workdir=runs/{pathlib.Path(out).name}"]
     words += [f"--config.data.path={out}", f"--config.model.num_classes={len(info.classes)}"]
+    words.append("--config.repa.weight=0")  # the alignment needs its teacher's weights, which a newcomer has not
     if info.image_size not in (None, 256):
         words.append(f"--config.model.image_size=({info.image_size},{info.image_size})")
     return shlex.join(words)

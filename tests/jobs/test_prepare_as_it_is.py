@@ -91,6 +91,7 @@ def test_a_folder_as_it_is(album, tmp_path, monkeypatch, capsys):
     command_line.parse(values, "train", shlex.split(following)[5:])
     settings = command_line.read_config(values)
     assert (settings.model.num_classes, settings.model.image_size, settings.data.path) == (3, (48, 48), "out")
+    assert settings.repa.weight == 0  # nothing that must be fetched first
 
 
 def test_photographs_are_turned_where_that_is_asked(album, tmp_path):
