@@ -37,6 +37,7 @@ ONE_DOOR = {  # third-party module -> the only places that may import it
     "matplotlib": ("reporting.",),
     "grain": ("data.",),
     "tensorflow_datasets": ("data.",),
+    "pyarrow": ("data.sources.parquet",),
     "array_record": ("data.", "jobs.prepare"),
     "tensorflow": (),
     "torch": (),

@@ -141,7 +141,7 @@ SMALLER = {
     "prepare": ["--image_size=32"],
     "train": [f"--config.{key}={value}" for key, value in TINY.items()],
     "sample": ["--steps=2", "--num_samples=10"],
-    "info": ["--config.model.depth=1"],
+    "info": ["--config.model.depth=1", "--config.repa.layer=1"],
 }
 
 

@@ -25,7 +25,7 @@ class Model:
     num_heads: int | None = None  # K
     patch_size: int = 16  # P: 16 at 256x256, 32 at 512x512
     image_size: tuple[int, ...] = (256, 256)  # (H, W); one number means a square
-    num_classes: int = 1000  # label `num_classes` is the null (unconditional) class
+    num_classes: int = 1000  # label `num_classes` is the null (unconditional) class; 0: `train` takes the dataset's
     head: str = "unet"  # row of models.detailers.HEADS
     placement: str = "post_hoc"  # row of models.placement.PLACEMENTS
     inject_after: int | None = None  # intermediate, hybrid: the head sits after this block; None is half the depth
@@ -59,9 +59,11 @@ class Model:
         self._check()
 
     def _check(self):
-        for name in ("depth", "width", "num_heads", "patch_size", "num_classes", "head_width", "head_depth"):
+        for name in ("depth", "width", "num_heads", "patch_size", "head_width", "head_depth"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"model.{name}={value} must be at least 1")
+        if self.num_classes < 0:
+            raise UserError(f"model.num_classes={self.num_classes} must be at least 1, or 0 for as many as the dataset has")
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise UserError(f"model.image_size={self.image_size} must be one or two positive numbers (H, W)")
         for side in self.image_size:

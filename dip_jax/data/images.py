@@ -5,17 +5,19 @@ Whatever Pillow reads becomes 8-bit RGB as ADM's loader has it (`convert("RGB")`
     alpha                      dropped, not blended: the colours under it show;
     16-bit greyscale           the high byte (Pillow itself would clip at 255);
     animated                   the first frame;
-    EXIF orientation           ignored, as ADM does: a rotated photograph stays as its pixels are stored;
+    EXIF orientation           ignored, as ADM does (`turn` does not): a photograph stays as its pixels are stored;
     file extension             ignored: the content decides.
 """
 
 import base64
+import contextlib
 import io
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import PIL
-from PIL import Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from dip_jax.errors import UserError
 
@@ -30,6 +32,18 @@ _TIFF_PIXEL = zlib.decompress(
     )
 )
 
+# What brings the pixels that a camera stored to where they were seen, by EXIF's orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+EXIF = ("ignore", "rotate")  # what becomes of that orientation
 ENCODINGS = ("original", "raw", "tiff", "png", "webp", "jpeg")
 
 
@@ -41,20 +55,60 @@ def decode(data: bytes) -> Image.Image:
     """The first frame of an encoded image as 8-bit RGB, fully decoded.
 
     Raises:
+        BadImageError: as `load` and `to_rgb`.
+    """
+    return to_rgb(load(data))
+
+
+def load(data: bytes) -> Image.Image:
+    """The first frame of an encoded image as it is stored, fully decoded.
+
+    Raises:
         BadImageError: for empty, truncated, damaged or unknown data, and for more than `MAX_PIXELS` pixels.
     """
     if not data:
         raise BadImageError("empty file")
-    try:
+    with _told():
         image = Image.open(io.BytesIO(data))
         image.load()
-        return _to_rgb(image)
+        return image
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
     except BadImageError:
         raise
     except Image.UnidentifiedImageError:
         raise BadImageError("not an image in a format that Pillow reads") from None
     except Exception as error:  # Pillow's plugins raise nearly anything (struct.error, SyntaxError, ...) on damaged bytes
         raise BadImageError(" ".join(f"{type(error).__name__}: {error}".split())) from None
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's orientation of a loaded image, 1 (upright) to 8; 1 also where it has none or a damaged one."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as of `load`: damaged bytes raise nearly anything
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def turn(image: Image.Image) -> Image.Image:
+    """A loaded image as its EXIF orientation says that it is seen."""
+    method = _TURNS.get(orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow's as 8-bit RGB.
+
+    Raises:
+        BadImageError: for pixels without an agreed range.
+    """
+    with _told():
+        return _to_rgb(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -108,6 +108,7 @@ def host_batches(
     read = grain.ReadOptions(num_threads=data.num_threads, prefetch_buffer_size=ahead)
     stream = grain.MapDataset.source(source).to_iter_dataset(read)
     if data.num_workers:
+        workers.end_if_unguarded()
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags; a notebook parses none
         options = grain.MultiprocessingOptions(
@@ -145,7 +146,10 @@ def batches(
             f"model.image_size={(height, width)} but {dataset.folder} holds {dataset.image_size}x{dataset.image_size} images"
         )
     if num_classes != dataset.num_classes:
-        raise UserError(f"model.num_classes={num_classes} but {dataset.folder} has {dataset.num_classes} classes")
+        raise UserError(
+            f"model.num_classes={num_classes} but {dataset.folder} has {dataset.num_classes} classes: "
+            f"set --config.model.num_classes={dataset.num_classes}, or 0 for as many as the dataset has"
+        )
     if seed < 0:
         raise UserError(f"the data seed {seed} must not be negative")
     layout = NamedSharding(mesh, sharding.spec(("batch",)))

@@ -9,6 +9,9 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import NamedSharding
 
+from dip_jax.data import workers
+from dip_jax.errors import UserError
+
 
 def local_rows(layout: NamedSharding, batch_size: int) -> list[int]:
     """The rows of a batch that devices of this process hold, each once, ascending."""
@@ -52,7 +55,12 @@ class Batches(Iterator[dict[str, jax.Array]]):
         return jax.make_array_from_callback((self._batch_size, *local.shape[1:]), self._layout, rows_of_device)
 
     def __next__(self) -> dict[str, jax.Array]:
-        batch, replaced = next(self._iterator)
+        try:
+            batch, replaced = next(self._iterator)
+        except RuntimeError as error:  # how Grain tells of a worker that ended
+            if f"exit code {workers.UNGUARDED}" in str(error):
+                raise UserError(workers.GUARD) from None
+            raise
         self.replaced += replaced
         return batch
 

@@ -9,6 +9,7 @@ import grain
 from dip_jax.data import images, shards
 from dip_jax.errors import UserError
 
+_NAMED = 5  # classes that a dataset prints
 _NEIGHBOURS = 100  # tried in place of a bad record before giving up
 
 
@@ -44,6 +45,12 @@ class Dataset:
         self.image_size = info.image_size or image_size
         files = [shards.FileInstruction(os.fspath(folder / s.file), s.records, s.records) for s in info.shards]
         self._records = grain.sources.ArrayRecordDataSource(files)
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.classes[:_NAMED]) + (", ..." if self.num_classes > _NAMED else "")
+        side = f"{self.image_size}x{self.image_size}"
+        kinds = "class" if self.num_classes == 1 else "classes"
+        return f"Dataset({self.folder}: {len(self)} images of {side} pixels, {self.num_classes} {kinds}: {names})"
 
     @property
     def num_classes(self) -> int:

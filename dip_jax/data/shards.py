@@ -42,6 +42,7 @@ class DatasetInfo:
     image_size: int | None
     encoding: str
     shards: tuple[Shard, ...]
+    exif: str = "ignore"  # row of images.EXIF: whether photographs were turned as their EXIF says
 
     @property
     def num_records(self) -> int:
@@ -52,6 +53,8 @@ class DatasetInfo:
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides what record i is; not over where it came from."""
         content = {key: value for key, value in asdict(self).items() if key != "source"}
+        if self.exif == "ignore":  # as in datasets from before there was a choice
+            del content["exif"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -127,6 +130,7 @@ def read_info(folder: pathlib.Path) -> DatasetInfo:
             image_size=values["image_size"],
             encoding=values["encoding"],
             shards=shards,
+            exif=values.get("exif", "ignore"),
         )
         intact = values["format"] == FORMAT and values["fingerprint"] == info.fingerprint
     except (ValueError, KeyError, TypeError) as error:

@@ -1,10 +1,31 @@
-"""What every worker process of ours does first."""
+"""What every worker process of ours does first, and what a script must not forget that starts some."""
 
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
+
+# Exit code of a process that was started only to find itself at the call that starts processes.
+UNGUARDED = 97
+GUARD = (
+    "processes are started here, and each begins by running this script from the top: put what it does under "
+    '`if __name__ == "__main__":`'
+)
+
+
+def end_if_unguarded() -> None:
+    """Ends this process where it is a worker that runs the main script for its definitions and meets the call itself.
+
+    Every function that starts processes calls this first: else such a worker would start workers in turn, or die with a
+    traceback of `multiprocessing`. The parent sees `UNGUARDED` and says `GUARD`.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "__mp_main__" and frame.f_code.co_name == "<module>":
+            os._exit(UNGUARDED)
+        frame = frame.f_back
 
 
 def die_with_parent() -> None:

@@ -18,15 +18,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass
-from typing import Any
 
 from tqdm import tqdm
 
-from dip_jax.data import images, shards, sources, workers
+from dip_jax.data import images, shards, sources, unfinished, workers
 from dip_jax.errors import UserError
 
 REJECTED_FILE = "rejected.csv"
-_REQUEST_FILE = "request.json"  # what is asked of unfinished work
 RECORDS_PER_SHARD = 2048  # what a kill costs per process, at most
 _GRACE = 1.0  # seconds: a signal to a whole job may reach the writers first, and is then told as what it is
 
@@ -38,6 +36,7 @@ class Storing:
     encoding: str
     image_size: int | None  # None with encoding "original"
     quality: int  # of jpeg
+    exif: str = "ignore"  # row of images.EXIF
 
 
 @dataclass(frozen=True)
@@ -53,51 +52,27 @@ class Task:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a task; `rejected` holds (name, reason)."""
+    """What became of a task; `rejected` holds (name, reason), `turned` counts images that EXIF says to turn."""
 
     shard: shards.Shard
     class_counts: list[int]
     rejected: list[tuple[str, str]]
+    turned: int
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is there whole or not at all, also after a kill."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+@dataclass(frozen=True)
+class Finished:
+    """What became of all tasks.
 
-
-def read_request(folder: pathlib.Path) -> dict[str, Any] | None:
-    """What was asked of the unfinished work in `folder`; None where there is none.
-
-    Raises:
-        UserError: if the file that says it is damaged.
+    Attributes:
+        records: by split.
+        rejected: (split, name, reason) of each image that was left out.
+        turned: stored images that EXIF says to turn.
     """
-    file = folder / _REQUEST_FILE
-    try:
-        return dict(json.loads(file.read_text()))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}): remove {folder} to start afresh") from None
 
-
-def note_request(folder: pathlib.Path, *, asked: Mapping[str, Any]) -> None:
-    """Notes what is asked of new work in `folder`, or refuses to mix finished shards of another request with it.
-
-    Raises:
-        UserError: with the key and both values.
-    """
-    before = read_request(folder)
-    if before is None:
-        write_atomically(folder / _REQUEST_FILE, json.dumps(asked, indent=1))
-        return
-    for key, value in asked.items():
-        if before.get(key) != value:
-            raise UserError(
-                f"{folder} is unfinished work with {key}={before.get(key)} where now {key}={value}: "
-                "remove it to start afresh, or repeat the command that began it"
-            )
+    records: dict[str, int]
+    rejected: list[tuple[str, str, str]]
+    turned: int
 
 
 def plan(folder: pathlib.Path, splits: Mapping[str, sources.Split], storing: Storing) -> list[Task]:
@@ -120,14 +95,14 @@ def write_all(tasks: list[Task], *, processes: int, shown: bool = True) -> None:
     """Writes the shards that are not finished yet, with a progress line if `shown`.
 
     Raises:
-        UserError: if a process was killed.
+        UserError: if a process was killed or could not start.
         OSError: if an image cannot be read or a shard not written.
     """
     todo = [task for task in tasks if not task.report.exists()]
     if not todo:
         return
     total, pending = (sum(len(task.part) for task in some) for some in (tasks, todo))
-    context = multiprocessing.get_context("spawn")
+    context = _Context()
     counter, stop = context.Value("q", 0), context.Event()
     with (
         tqdm(total=total, initial=total - pending, unit="image", desc="prepare", smoothing=0.02, disable=not shown) as bar,
@@ -142,11 +117,33 @@ def write_all(tasks: list[Task], *, processes: int, shown: bool = True) -> None:
                     future.result()
         except futures.process.BrokenProcessPool:
             time.sleep(_GRACE)
-            raise UserError("a writing process was killed (out of memory?): use fewer --processes and run it again") from None
+            raise UserError(_reason({process.exitcode for process in context.started})) from None
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+class _Context(multiprocessing.context.SpawnContext):
+    """Starts processes and keeps them: a pool does not say how its own ended."""
+
+    def __init__(self):
+        super().__init__()
+        self.started: list[multiprocessing.context.SpawnProcess] = []
+
+    def Process(self, *args, **kwargs):  # the name that pools call
+        self.started.append(super().Process(*args, **kwargs))
+        return self.started[-1]
+
+
+def _reason(codes: set[int | None]) -> str:
+    """Why a pool broke, by the exit codes of its processes; those that it ended itself have SIGTERM's."""
+    if workers.UNGUARDED in codes:
+        return workers.GUARD
+    failed = sorted(code for code in codes if code is not None and code > 0)
+    if failed:
+        return f"a writing process ended with exit code {failed[0]}: what it printed above says why"
+    return "a writing process was killed (out of memory?): use fewer --processes and run it again"
 
 
 def _start_worker(counter, stop) -> None:
@@ -158,19 +155,21 @@ def _start_worker(counter, stop) -> None:
 
 
 def _write_shard(task: Task) -> None:
-    counts, rejected = [0] * len(task.part.classes), []
+    counts, rejected, turned = [0] * len(task.part.classes), [], 0
 
     def records() -> Iterator[tuple[int, bytes]]:
+        nonlocal turned
         for i in range(len(task.part)):
             if _stop.is_set():
                 raise InterruptedError(errno.EINTR, "stopped")
             item = task.part[i]
             try:
-                stored = _store(item, task.storing, num_classes=len(counts))
+                stored, orientation = _store(item, task.storing, num_classes=len(counts))
             except images.BadImageError as error:
                 rejected.append((item.name, str(error)))
             else:
                 counts[item.label] += 1
+                turned += orientation != 1
                 yield item.label, stored
             with _counter.get_lock():
                 _counter.value += 1
@@ -179,7 +178,7 @@ def _write_shard(task: Task) -> None:
     temporary = task.report.with_name(f"{task.path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     shard = dataclasses.replace(shards.write_shard(temporary, records()), file=task.path.name)
     os.replace(temporary, task.path)
-    write_atomically(task.report, json.dumps(dataclasses.asdict(Report(shard, counts, rejected))))
+    unfinished.write_atomically(task.report, json.dumps(dataclasses.asdict(Report(shard, counts, rejected, turned))))
 
 
 def sweep(partial: pathlib.Path) -> None:
@@ -188,22 +187,26 @@ def sweep(partial: pathlib.Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _store(item: sources.Item, storing: Storing, *, num_classes: int) -> bytes:
+def _store(item: sources.Item, storing: Storing, *, num_classes: int) -> tuple[bytes, int]:
+    """What a record keeps of an image, and the image's EXIF orientation."""
+    if item.problem:
+        raise images.BadImageError(item.problem)
     if not 0 <= item.label < num_classes:
         raise images.BadImageError(f"label {item.label} is outside [0, {num_classes})")
-    image = images.decode(item.data)
+    image = images.load(item.data)
+    orientation = images.orientation(image)
+    if storing.exif == "rotate":
+        image = images.turn(image)
+    image = images.to_rgb(image)
     if storing.encoding == "original":
-        return item.data
-    return images.encode(images.center_crop(image, storing.image_size), storing.encoding, quality=storing.quality)
+        return item.data, orientation
+    stored = images.encode(images.center_crop(image, storing.image_size), storing.encoding, quality=storing.quality)
+    return stored, orientation
 
 
-def finish(folder: pathlib.Path, tasks: list[Task], *, source: str) -> tuple[dict[str, int], list[tuple[str, str, str]]]:
-    """Writes each split's dataset.json, and rejected.csv, from the reports.
-
-    Returns:
-        records by split; (split, name, reason) of each rejected image.
-    """
-    records, rejected = {}, []
+def finish(folder: pathlib.Path, tasks: list[Task], *, source: str) -> Finished:
+    """Writes each split's dataset.json, and rejected.csv, from the reports."""
+    records, rejected, turned = {}, [], 0
     for name in dict.fromkeys(task.split_name for task in tasks):
         own = [task for task in tasks if task.split_name == name]
         reports = [json.loads(task.report.read_text()) for task in own]
@@ -213,12 +216,14 @@ def finish(folder: pathlib.Path, tasks: list[Task], *, source: str) -> tuple[dic
             class_counts=tuple(map(sum, zip(*(report["class_counts"] for report in reports), strict=True))),
             image_size=own[0].storing.image_size,
             encoding=own[0].storing.encoding,
+            exif=own[0].storing.exif,
             shards=tuple(shards.Shard(**report["shard"]) for report in reports),
         )
-        write_atomically(own[0].path.parent / shards.DATASET_FILE, info.to_json())
+        unfinished.write_atomically(own[0].path.parent / shards.DATASET_FILE, info.to_json())
         records[name] = info.num_records
         rejected += [(name, *pair) for report in reports for pair in report["rejected"]]
+        turned += sum(report["turned"] for report in reports)
     if rejected:
         with open(folder / "dataset" / REJECTED_FILE, "w", newline="") as file:
             csv.writer(file).writerows([("split", "image", "reason"), *rejected])
-    return records, rejected
+    return Finished(records, rejected, turned)

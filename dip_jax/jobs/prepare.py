@@ -4,6 +4,11 @@ Examples:
   python -m dip_jax prepare --source=photo_crops --out=DATASET_DIR
   python -m dip_jax prepare --source=folder --from=imagenet/train --image_size=256 --out=DATASET_DIR
   python -m dip_jax prepare --source=folder --from=imagenet/train --encoding=original --out=DATASET_DIR
+  python -m dip_jax prepare --source=csv --from=labels.csv --image_size=256 --out=DATASET_DIR
+  python -m dip_jax prepare --source=zip --from=photos.zip --image_size=256 --exif=rotate --out=DATASET_DIR
+  python -m dip_jax prepare --source=parquet --from=imagenet-1k/data --image_size=256 --out=DATASET_DIR
+  python -m dip_jax prepare --source=webdataset --from=imagenet-1k-wds --image_size=256 --out=DATASET_DIR
+  python -m dip_jax prepare --source=imagenet_tar --from=ILSVRC2012_img_train.tar --image_size=256 --out=DATASET_DIR
   python -m dip_jax prepare --source=tfds:cifar10 --image_size=32 --out=DATASET_DIR
 
 The directory appears when it is complete; until then the work lies in OUT.partial, and the same command goes on from there, on
@@ -11,44 +16,38 @@ any number of hosts that share OUT's folder: each writes its part of the shards,
 A source with several splits makes OUT/train, OUT/validation, each a dataset directory.
 """
 
-import collections
 import contextlib
 import dataclasses
 import difflib
-import fcntl
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import PIL
 from absl import flags as absl_flags
 
-from dip_jax.data import images, shards, sources, writing
+from dip_jax.data import images, shards, sources, summary, unfinished, workers, writing
+from dip_jax.data.sources.split import identity
+from dip_jax.data.summary import Summary
 from dip_jax.errors import Exit, Interrupted, UserError
+from dip_jax.reporting import preview
 from dip_jax.runtime import command_line, distributed, storage
 from dip_jax.runtime.signals import stopping_at_once
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What `prepare` made.
-
-    Attributes:
-        records: by split.
-        rejected: (split, name, reason) of every image that was left out.
-    """
-
-    records: dict[str, int]
-    rejected: list[tuple[str, str, str]]
-
-
 def define_flags(flags: absl_flags.FlagValues) -> None:
     """The command's flags."""
-    absl_flags.DEFINE_string("source", None, "folder, photo_crops, or tfds:NAME", flag_values=flags, required=True)
-    absl_flags.DEFINE_string("from", "", "folder to read; for tfds:NAME the TFDS data_dir", flag_values=flags)
+    absl_flags.DEFINE_string(
+        "source",
+        None,
+        "folder (a sub-folder per class), csv (a table file,label), zip, parquet (Hugging Face's; parquet:COLUMN names the "
+        "label), webdataset (tars), imagenet_tar (the tar of tars as it is), tfds:NAME, or photo_crops",
+        flag_values=flags,
+        required=True,
+    )
+    absl_flags.DEFINE_string("from", "", "folder or file to read; for tfds:NAME the TFDS data_dir", flag_values=flags)
     absl_flags.DEFINE_string("out", None, "dataset directory to make", flag_values=flags, required=True)
     absl_flags.DEFINE_integer("image_size", None, "side of the centre crop that is stored, pixels", flag_values=flags)
     absl_flags.DEFINE_enum(
@@ -60,8 +59,19 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
         flag_values=flags,
     )
     absl_flags.DEFINE_integer("quality", 95, "of jpeg crops", lower_bound=1, upper_bound=100, flag_values=flags)
+    absl_flags.DEFINE_enum(
+        "exif",
+        "ignore",
+        images.EXIF,
+        "a rotation in a photograph's EXIF: ignore, as ADM does for published sets, or rotate, for photographs of one's own",
+        flag_values=flags,
+    )
     absl_flags.DEFINE_float(
-        "max_rejected", 0.001, "share of bad images above which the exit code is 3", 0.0, 1.0, flag_values=flags
+        "max_rejected",
+        0.001,
+        "bad images above which the exit code is 3: a share below 1, or a number of images",
+        0.0,
+        flag_values=flags,
     )
     absl_flags.DEFINE_integer(
         "processes", None, "how many write on each host; default: one per CPU", lower_bound=1, flag_values=flags
@@ -74,22 +84,19 @@ def run(flags: absl_flags.FlagValues) -> None:
     storage.require_folder_name(flags.out, flag="--out")
     distributed.start(computes=False)
     with stopping_at_once():
-        summary = prepare(
+        made = prepare(
             flags.source,
             root=flags["from"].value,
             out=flags.out,
             image_size=flags.image_size,
             encoding=flags.encoding,
             quality=flags.quality,
+            exif=flags.exif,
             processes=flags.processes,
             max_rejected=flags.max_rejected,
         )
-    if summary is None:
-        return
-    kept, lost = sum(summary.records.values()), len(summary.rejected)
-    print(f"{flags.out}: {', '.join(f'{n} {split}' for split, n in summary.records.items())} images")
-    if lost:
-        print(f"{lost} of {kept + lost} images were rejected: {flags.out}/{writing.REJECTED_FILE} lists them")
+    if made is not None:
+        print("\n".join(summary.lines(flags.out, made)))
 
 
 def prepare(
@@ -100,8 +107,9 @@ def prepare(
     image_size: int | None = None,
     encoding: str | None = None,
     quality: int = 95,
+    exif: str = "ignore",
     processes: int | None = None,
-    max_rejected: float = 0.001,
+    max_rejected: float | int = 0.001,
 ) -> Summary | None:
     """Makes the dataset directory `out`, or goes on where a killed call stopped; the result is the same to the byte.
 
@@ -111,10 +119,9 @@ def prepare(
         source: a row of `sources.SOURCES`, "tfds:NAME" for a TFDS dataset.
         out: appears when it is complete; `out`.partial holds unfinished work.
         root: what --from says.
-        image_size, encoding: None is the source's own.
-        quality: of jpeg crops.
+        image_size, encoding, quality, exif: as the flags; None is the source's own.
         processes: how many write on this host; None is one per CPU.
-        max_rejected: share of bad images above which `out` does not appear.
+        max_rejected: bad images above which `out` does not appear: a share below 1, or a number of images.
 
     Returns:
         In the main process; None in the others.
@@ -123,17 +130,19 @@ def prepare(
         UserError: for arguments that do not fit together, or an `out` that is another dataset.
         Interrupted: with `Exit.REJECTED_INPUTS`, if more images are bad than `max_rejected` allows.
     """
+    workers.end_if_unguarded()
     asked = {"source": source, "from": root, "out": os.fspath(out), "image_size": image_size, "encoding": encoding}
-    asked |= {"quality": quality, "max_rejected": max_rejected, "code": distributed.code_version()}
+    asked |= {"quality": quality, "exif": exif, "max_rejected": max_rejected, "code": distributed.code_version()}
     distributed.require_same(asked)
-    kind, _, argument = source.partition(":")
-    row = _source_row(kind)
+    summary.check_limit(max_rejected)
+    row, argument = _source_row(source)
     out = pathlib.Path(out).expanduser().absolute()
     partial = out.parent / f"{out.name}.partial"
 
     @_explained(partial)
     def decide() -> writing.Storing:
-        return _storing(row, encoding=encoding or _begun_as(out, partial), image_size=image_size, quality=quality)
+        stored = encoding or _begun_as(out, partial)
+        return _storing(row, encoding=stored, image_size=image_size, quality=quality, exif=exif)
 
     storing = distributed.on_all(decide)
     origin = f"{source} --from={root}" if root else source
@@ -146,7 +155,7 @@ def prepare(
 
     @_explained(partial)
     def note() -> None:
-        writing.note_request(partial, asked=request)
+        unfinished.note(partial, asked=wanted, splits=splits)
 
     @_explained(partial)
     def plan() -> list[writing.Task]:
@@ -158,36 +167,43 @@ def prepare(
         writing.write_all(own, processes=processes or len(os.sched_getaffinity(0)), shown=distributed.is_main())
 
     with contextlib.ExitStack() as stack:
-        distributed.on_main(lambda: stack.enter_context(_locked(partial)))
+        distributed.on_main(lambda: stack.enter_context(unfinished.locked(partial)))
         built = distributed.on_main(open_source)  # alone, as it may have to build the source
         splits = distributed.on_all(lambda: built or open_source())
-        request = _request(origin, splits, storing)
-        distributed.require_same(request)
+        wanted = _request(origin, splits, storing)
+        distributed.require_same(wanted)
         distributed.on_main(note)
         distributed.on_main(lambda: writing.sweep(partial))
         tasks = distributed.on_all(plan)
         distributed.on_all(write)
-        return distributed.on_main(lambda: _publish(partial, out, tasks, origin=origin, max_rejected=max_rejected))
+        notes = [note for split in splits.values() for note in split.notes]
+        return distributed.on_main(lambda: _publish(partial, out, tasks, origin=origin, notes=notes, max_rejected=max_rejected))
 
 
-def _source_row(kind: str) -> sources.Source:
+def _source_row(source: str) -> tuple[sources.Source, str]:
+    """The row that --source names, and what follows the colon."""
+    kind, _, argument = source.partition(":")
     if kind not in sources.SOURCES:
         nearest = difflib.get_close_matches(kind, sources.SOURCES, n=1, cutoff=0.0)[0]
         raise UserError(f"--source={kind} is unknown: it is one of {', '.join(sources.SOURCES)}; did you mean {nearest!r}?")
-    return sources.SOURCES[kind]
+    return sources.SOURCES[kind], argument
 
 
-def _storing(row: sources.Source, *, encoding: str | None, image_size: int | None, quality: int) -> writing.Storing:
+def _storing(row: sources.Source, *, encoding: str | None, image_size: int | None, quality: int, exif: str) -> writing.Storing:
     encoding = encoding or row.encoding
     images.require_codec(encoding)
+    if exif not in images.EXIF:
+        raise UserError(f"exif={exif!r} is one of {', '.join(images.EXIF)}")
     if encoding == "original":
+        if exif == "rotate":
+            raise UserError("--exif=rotate turns crops, but --encoding=original stores the bytes as they are: choose one")
         return writing.Storing(encoding, None, quality)
     image_size = image_size or row.image_size
     if image_size is None:
         raise UserError(f"--encoding={encoding} stores crops: say their side with --image_size=N, or use --encoding=original")
     if image_size < 1:
         raise UserError(f"--image_size={image_size} must be positive")
-    return writing.Storing(encoding, image_size, quality)
+    return writing.Storing(encoding, image_size, quality, exif)
 
 
 def _dataset_files(out: pathlib.Path) -> list[pathlib.Path]:
@@ -198,7 +214,7 @@ def _begun_as(out: pathlib.Path, partial: pathlib.Path) -> str | None:
     """The encoding of what is there already, so that repeating a command needs no more than the command."""
     if files := _dataset_files(out):
         return shards.read_info(files[0].parent).encoding
-    return (writing.read_request(partial) or {}).get("encoding")
+    return (unfinished.read(partial) or {}).get("encoding")
 
 
 def _existing(out: pathlib.Path, *, origin: str, storing: writing.Storing) -> Summary:
@@ -207,7 +223,7 @@ def _existing(out: pathlib.Path, *, origin: str, storing: writing.Storing) -> Su
     if not folders:
         raise UserError(f"--out={out} exists and is no dataset: choose another directory or remove it")
     infos = {info.shards[0].file.partition("-")[0]: info for info in map(shards.read_info, folders)}
-    wanted = {"source": origin, "encoding": storing.encoding, "image_size": storing.image_size}
+    wanted = {"source": origin, "encoding": storing.encoding, "image_size": storing.image_size, "exif": storing.exif}
     for key, value in wanted.items():
         for info in infos.values():
             if getattr(info, key) != value:
@@ -216,34 +232,6 @@ def _existing(out: pathlib.Path, *, origin: str, storing: writing.Storing) -> Su
                     "ask for what is there"
                 )
     return Summary({split: info.num_records for split, info in infos.items()}, [])
-
-
-@contextlib.contextmanager
-def _locked(partial: pathlib.Path) -> Iterator[None]:
-    """Holds the unfinished work against a second `prepare`."""
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = open(partial / "lock", "w")  # noqa: SIM115 (used below, outside this try)
-    except OSError as error:
-        raise UserError(f"cannot write {partial}: {error.strerror}; choose another --out") from None
-    with contextlib.ExitStack() as stack:
-        stack.callback(_remove_if_empty, partial)
-        stack.enter_context(lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{partial} is being written by another prepare: wait for it, or choose another --out") from None
-        try:
-            yield
-        finally:
-            if {entry.name for entry in partial.glob("*")} == {"lock"}:  # a mistake, found before any work
-                shutil.rmtree(partial, ignore_errors=True)
-
-
-def _remove_if_empty(folder: pathlib.Path) -> None:
-    """Over NFS a folder is not empty before the lock in it is closed."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -263,30 +251,32 @@ def _request(origin: str, splits: Mapping[str, sources.Split], storing: writing.
     """Everything that the shards depend on, as JSON values."""
     return {
         "source": origin,
-        "content": {name: split.identity for name, split in splits.items()},
+        "content": {name: identity(split) for name, split in splits.items()},
         "pillow": PIL.__version__,
         **dataclasses.asdict(storing),
     }
 
 
 def _publish(
-    partial: pathlib.Path, out: pathlib.Path, tasks: list[writing.Task], *, origin: str, max_rejected: float
+    partial: pathlib.Path,
+    out: pathlib.Path,
+    tasks: list[writing.Task],
+    *,
+    origin: str,
+    notes: list[str],
+    max_rejected: float | int,
 ) -> Summary:
     """Makes `out` of finished shards, unless too many images are bad."""
     with _explained(partial):
-        summary = Summary(*writing.finish(partial, tasks, source=origin))
-        total = sum(summary.records.values()) + len(summary.rejected)
-        if len(summary.rejected) > max_rejected * total:
-            raise Interrupted(_rejection(partial, summary, total=total, max_rejected=max_rejected), code=Exit.REJECTED_INPUTS)
+        finished = writing.finish(partial, tasks, source=origin)
+        notes = notes + summary.turned_note(finished.turned, exif=tasks[0].storing.exif)
+        made = Summary(finished.records, finished.rejected, notes)
+        lost, total = len(made.rejected), sum(made.records.values()) + len(made.rejected)
+        if summary.too_many(lost, total=total, max_rejected=max_rejected):
+            line = summary.rejection(partial, made, max_rejected=max_rejected)
+            raise Interrupted(line, code=Exit.REJECTED_INPUTS)
+        for file in _dataset_files(partial / "dataset"):
+            preview.write(file.parent / summary.PREVIEW_FILE)
         os.rename(partial / "dataset", out)
     shutil.rmtree(partial, ignore_errors=True)
-    return summary
-
-
-def _rejection(partial: pathlib.Path, summary: Summary, *, total: int, max_rejected: float) -> str:
-    reasons = collections.Counter(reason for _, _, reason in summary.rejected).most_common(1)
-    return (
-        f"{len(summary.rejected)} of {total} images are bad, more than --max_rejected={max_rejected} "
-        f"(most often: {reasons[0][0]}): {partial / 'dataset' / writing.REJECTED_FILE} lists them; accept the loss by a higher "
-        f"--max_rejected, or repair the source and remove {partial}"
-    )
+    return made

@@ -18,7 +18,7 @@ from etils import epath
 
 from dip_jax.checkpoints import checkpoint
 from dip_jax.config import Config, to_dict
-from dip_jax.data import prepared
+from dip_jax.data import prepared, workers
 from dip_jax.errors import UserError
 from dip_jax.runtime import command_line, distributed, sharding, storage
 from dip_jax.runtime.lock import Lock
@@ -52,6 +52,13 @@ def run(flags: absl_flags.FlagValues) -> None:
     train(config, workdir=flags.workdir, allow_change=flags.allow_change)
 
 
+def with_classes(config: Config, dataset: prepared.Dataset) -> Config:
+    """The config with the dataset's number of classes where it leaves that open (0): what is built, saved and compared."""
+    if config.model.num_classes:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=dataset.num_classes))
+
+
 def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[str] = ()) -> None:
     """Trains to `config.train.steps`, going on from the newest undamaged checkpoint of `workdir`.
 
@@ -66,6 +73,7 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         UserError: if config, data, devices, workdir and checkpoint do not fit together, or a save fails.
         Interrupted: after saving, by a signal (85, 130); because the numbers are bad for good (86) or another process died (1).
     """
+    workers.end_if_unguarded()
     workdir = storage.absolute(workdir)
     distributed.start()
     devices = jax.devices()
@@ -94,6 +102,7 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
             lambda: prepared.open_dataset(config.data.path, image_size=size, source=config.data.source)
         )
         distributed.require_same({"data.fingerprint": dataset.fingerprint})
+        config = with_classes(config, dataset)
         lock = Lock(workdir)
         distributed.on_main(lambda: (storage.require_writable(workdir), lock.acquire()))
         stack.callback(lock.release)

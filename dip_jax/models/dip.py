@@ -162,8 +162,10 @@ def from_config(model: config.Model) -> DiP:
     """The model of a checked config section.
 
     Raises:
-        UserError: for a head or a placement that cannot be built.
+        UserError: for a head or a placement that cannot be built, and where the number of classes is left to a dataset.
     """
+    if not model.num_classes:
+        raise UserError("model.num_classes=0 is as many as the dataset has, and there is none here: give the number itself")
     check_placement(model)
     return DiP(model)
 

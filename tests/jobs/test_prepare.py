@@ -68,9 +68,9 @@ def test_imagenet_synsets_take_their_standard_labels(tmp_path):
     assert chosen == ["n01440764", "n02099601", "n02444819", "n15075141"] and sorted(names) == names
     for name in reversed(names):
         (tmp_path / name).mkdir()
-    (tmp_path / names[207] / f"{names[207]}_1.JPEG").write_bytes(b"x")
+        (tmp_path / name / f"{name}_1.JPEG").write_bytes(name.encode())
     split = sources.open_folder("", str(tmp_path), None, tmp_path)["train"]
-    assert split.classes == names and split[0].label == 207
+    assert split.classes == names and (split[207].data, split[207].label) == (names[207].encode(), 207)
 
 
 def test_train_and_val_folders_become_splits(tmp_path):
@@ -122,7 +122,7 @@ def test_every_odd_image_is_converted_or_listed(tmp_path):
         ({}, "needs --from=DIR"),
         ({"root": "nowhere"}, "--from=nowhere is not a folder"),
         ({"root": "empty"}, "no sub-folders"),
-        ({"root": "hollow"}, "no files"),
+        ({"root": "hollow"}, "no images in them"),
         ({"root": "images", "image_size": None}, "--image_size=N"),
         ({"root": "images", "image_size": -3}, "--image_size=-3 must be positive"),
         ({"root": "images", "out": "images"}, "exists and is no dataset"),
@@ -209,7 +209,9 @@ def test_unfinished_work_of_another_request_is_not_mixed_in(tmp_path):
     with pytest.raises(UserError, match="image_size=16 where now image_size=8"):
         prepare("folder", image_size=8, **arguments)
     (root / "ants" / "bad.png").unlink()
-    with pytest.raises(UserError, match="unfinished work with content="):
+    with pytest.raises(
+        UserError, match=r"a source that has changed since: 1 removed \(ants/bad.png\): remove it to start afresh"
+    ):
         prepare("folder", image_size=16, **arguments)
 
 

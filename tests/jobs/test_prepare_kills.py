@@ -12,17 +12,20 @@ import time
 import pytest
 from places import ROOT
 from preparing import COUNTED_JOB, command, content, make_folder
+from source_files import CLASSES, WRITERS, generate
 
 from dip_jax.errors import Exit, UserError
 from dip_jax.jobs.prepare import prepare
 
 
-def start_counted(tmp_path, out: str, *, journal: pathlib.Path, last: int) -> subprocess.Popen:
-    script = tmp_path / "job.py"
+def start_counted(
+    root: pathlib.Path, out: pathlib.Path, *, journal: pathlib.Path, last: int, source: str = "folder"
+) -> subprocess.Popen:
+    script = journal.with_name("job.py")
     script.write_text(COUNTED_JOB)
     journal.write_bytes(b"")
     return subprocess.Popen(
-        [sys.executable, script, *command(tmp_path / "images", tmp_path / out, "--processes=2", "--max_rejected=0.1")[3:]],
+        [sys.executable, script, *command(root, out, "--processes=2", "--max_rejected=0.1", source=source)[3:]],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "JOURNAL": str(journal), "LAST": str(last), "SHARD": "20"},
         stderr=subprocess.PIPE,
@@ -30,12 +33,12 @@ def start_counted(tmp_path, out: str, *, journal: pathlib.Path, last: int) -> su
     )
 
 
-def kill_and_go_on(tmp_path, *, kills: int, per_class: int, seed: int) -> None:
+def kill_and_go_on(tmp_path, source: str, *, kills: int, images: int, seed: int) -> None:
     """Kills `prepare` after random numbers of images; the result must be the uninterrupted one, to the byte."""
-    root = make_folder(tmp_path / "images", per_class=per_class, size=(120, 90))
-    (root / "bees" / "bad.png").write_bytes(b"no image")
-    journal, images_in_all = tmp_path / "journal", 3 * per_class + 1
-    whole = start_counted(tmp_path, "whole", journal=journal, last=images_in_all)
+    files = sorted([*generate(images, size=(120, 90)), (CLASSES[1], "bad.png", b"no image")])
+    root = WRITERS[source](files, tmp_path / "images")
+    journal, images_in_all, out = tmp_path / "journal", images + 1, tmp_path / "out"
+    whole = start_counted(root, tmp_path / "whole", journal=journal, last=images_in_all, source=source)
     _, error = whole.communicate()
     assert whole.returncode == 0 and journal.stat().st_size == images_in_all, error.decode()
     rng = random.Random(seed)
@@ -43,29 +46,31 @@ def kill_and_go_on(tmp_path, *, kills: int, per_class: int, seed: int) -> None:
         finished = len(list((tmp_path / "out.partial").glob("reports/*/*.json")))
         share = (images_in_all - 20 * finished) // (kills_left + 1)
         moment = rng.randint(1, share)
-        job = start_counted(tmp_path, "out", journal=journal, last=share + share // 2)  # and no further, however fast it is
+        last = share + share // 2  # and no further, however fast it is
+        job = start_counted(root, out, journal=journal, last=last, source=source)
         while journal.stat().st_size < moment:
             assert job.poll() is None, f"ended after {journal.stat().st_size} of {moment} images: {job.stderr.read().decode()}"
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
         job.kill()
         job.communicate()
-        assert job.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
-    job = start_counted(tmp_path, "out", journal=journal, last=images_in_all)
+        assert job.returncode == -signal.SIGKILL and not out.exists()
+    job = start_counted(root, out, journal=journal, last=images_in_all, source=source)
     _, error = job.communicate()
     assert job.returncode == 0, error.decode()
     assert journal.stat().st_size < images_in_all, "no finished shard outlived the kills"
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert content(out) == content(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_kill_costs_nothing_but_time(tmp_path):
-    kill_and_go_on(tmp_path, kills=2, per_class=100, seed=0)
+@pytest.mark.parametrize("source", ["folder", *(pytest.param(s, marks=pytest.mark.slow) for s in WRITERS if s != "folder")])
+def test_a_kill_costs_nothing_but_time(tmp_path, source):
+    kill_and_go_on(tmp_path, source, kills=2, images=300, seed=0)
 
 
 @pytest.mark.campaign
 def test_ten_kills_cost_nothing_but_time(tmp_path):
-    kill_and_go_on(tmp_path, kills=10, per_class=700, seed=1)
+    kill_and_go_on(tmp_path, "folder", kills=10, images=2100, seed=1)
 
 
 def test_a_second_prepare_refuses(tmp_path):
@@ -83,8 +88,8 @@ def test_a_second_prepare_refuses(tmp_path):
 
 
 def test_a_signal_to_the_whole_job_is_told_as_one_also_where_the_writers_hear_it_first(tmp_path):
-    make_folder(tmp_path / "images", per_class=10)
-    job = start_counted(tmp_path, "out", journal=tmp_path / "journal", last=5)
+    root = make_folder(tmp_path / "images", per_class=10)
+    job = start_counted(root, tmp_path / "out", journal=tmp_path / "journal", last=5)
     while (tmp_path / "journal").stat().st_size < 5:
         assert job.poll() is None, job.stderr.read().decode()
         time.sleep(0.01)

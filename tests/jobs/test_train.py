@@ -38,9 +38,10 @@ def no_compilation(monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(dataset, tmp_path_factory) -> pathlib.Path:
-    """The workdir of a run of 6 steps."""
+    """The workdir of a run of 6 steps, which took its number of classes from the dataset."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    train.train(harness.tiny_config(dataset, train__steps=6, train__sample_every=4, train__log_every=2), workdir=workdir)
+    changes = {"train__steps": 6, "train__sample_every": 4, "train__log_every": 2, "model__num_classes": 0}
+    train.train(harness.tiny_config(dataset, **changes), workdir=workdir)
     return workdir
 
 
@@ -54,13 +55,16 @@ def test_a_run_leaves_what_the_readme_promises(finished, dataset):
     assert config.from_dict(json.loads((finished / "config.json").read_text())).data.path == str(dataset)
     assert list((finished / "tensorboard").iterdir())
     model, params = checkpoint.load(finished)
+    assert model.config.num_classes == 3  # the config said 0: the dataset's
     output = model.apply(params, jnp.zeros((1, 16, 16, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     assert output.shape == (1, 16, 16, 3)
 
 
-def test_running_a_finished_run_again_says_so_and_does_nothing(finished, dataset, capsys, no_compilation):
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_running_a_finished_run_again_says_so_and_does_nothing(finished, dataset, num_classes, capsys, no_compilation):
     before = {path: path.stat().st_mtime_ns for path in harness.files_of(finished) if path.name != "lock"}
-    train.train(harness.tiny_config(dataset, train__steps=6, train__sample_every=4, train__log_every=2), workdir=finished)
+    changes = {"train__steps": 6, "train__sample_every": 4, "train__log_every": 2, "model__num_classes": num_classes}
+    train.train(harness.tiny_config(dataset, **changes), workdir=finished)
     assert "is finished: it has all 6 steps" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in harness.files_of(finished) if path.name != "lock"} == before
 
@@ -89,7 +93,7 @@ def test_a_workdir_refuses_what_does_not_belong_to_it(finished, dataset, changes
     "changes, message",
     [
         ({"data__batch_size": 12}, r"data.batch_size=12 is not divisible by the 8 parts"),
-        ({"model__num_classes": 4}, r"model.num_classes=4 but .* has 3 classes"),
+        ({"model__num_classes": 4}, r"num_classes=4 but .* has 3 classes: set --config.model.num_classes=3, or 0 for"),
         ({"model__head": "unett"}, r"model.head='unett' is unknown: it is one of unet, "),
         ({"model__placement": "posthoc"}, r"model.placement='posthoc' is unknown: it is one of post_hoc, "),
         ({"model__image_size": (32, 32)}, r"16x16 images"),

@@ -316,6 +316,8 @@ def test_backbone_of_another_size_is_refused():
         ({"head_widht": 3}, "unknown model fields head_widht"),
         ({"head": "attention", "head_width": 130}, "multiple of 64"),
         ({"image_size": 250}, "not a multiple of model.patch_size"),
+        ({"num_classes": 0}, "num_classes=0 is as many as the dataset has, and there is none here"),
+        ({"num_classes": -1}, "num_classes=-1 must be at least 1, or 0"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_line(mistake, message):

@@ -14,18 +14,18 @@ COUNTED_JOB = """
 import os, sys, time
 from dip_jax.runtime import distributed
 from dip_jax.__main__ import main
-from dip_jax.data import images, writing
+from dip_jax.data import writing
 
-decode, journal, last = images.decode, os.environ["JOURNAL"], int(os.environ["LAST"])
+store, journal, last = writing._store, os.environ["JOURNAL"], int(os.environ["LAST"])
 
-def counted(data):
+def counted(*args, **kwargs):
     with open(journal, "ab") as file:
         file.write(b".")
     while os.path.getsize(journal) > last:
         time.sleep(0.01)
-    return decode(data)
+    return store(*args, **kwargs)
 
-images.decode = counted
+writing._store = counted
 writing.RECORDS_PER_SHARD = int(os.environ["SHARD"])
 writing._GRACE = 10.0
 distributed.HEARTBEAT_SECONDS = 10
@@ -55,14 +55,14 @@ def content(folder: pathlib.Path) -> dict[str, str]:
     }
 
 
-def command(root: pathlib.Path, out: pathlib.Path, *flags: str) -> list[str]:
-    """`prepare` of such a folder as a process of its own."""
+def command(root: pathlib.Path, out: pathlib.Path, *flags: str, source: str = "folder") -> list[str]:
+    """`prepare` of such a folder, or of another source, as a process of its own."""
     return [
         sys.executable,
         "-m",
         "dip_jax",
         "prepare",
-        "--source=folder",
+        f"--source={source}",
         f"--from={root}",
         f"--out={out}",
         "--image_size=48",
