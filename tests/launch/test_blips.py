@@ -78,12 +78,12 @@ def pod(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "error"),
-    [("1", LOGIN), ("85", NETWORK), ("1", ELSEWHERE), ("1", "")],
+    ("ended", "error", "code"),
+    [("1", LOGIN, 1), ("85", NETWORK, 1), ("1", ELSEWHERE, 1), ("1", "", 0)],
     ids=["login", "network", "elsewhere", "silence"],
 )
-def test_no_answer_deletes_nothing_and_ends_with_a_line(pod, code, error):
-    done = pod.up(code, {"call": DESCRIBE, "error": error, "times": 99, "started": True})
+def test_no_answer_deletes_nothing_and_ends_with_a_line(pod, ended, error, code):
+    done = pod.up(ended, {"call": DESCRIBE, "error": error, "code": code, "times": 99, "started": True})
     assert done.returncode == 1, done.stderr
     assert pod.count(DELETE) == 0 and pod.count(CREATE) == 1 and pod.starts() == 1, done.stdout + done.stderr
     assert pod.pauses()[-5:] == ALL

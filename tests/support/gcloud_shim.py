@@ -5,7 +5,7 @@ taken away a few steps after its first checkpoint: workers are killed, homes are
 there, the connection to a command that has started on every worker breaks; the next one writes SHIM/go.
 
 SHIM/faults (JSON) lists failures: {"call": its first two words, "error": what gcloud says, "times": how often} or, instead
-of times, "seconds": until the stand-in for `sleep` was told to wait so long (SHIM/slept). With "started": once a command has.
+of times, "seconds": until `sleep` was told to wait so long (SHIM/slept). With "started": once a command has; "code": not 1.
 """
 
 import json
@@ -35,10 +35,10 @@ def main(argv: list[str]) -> int:
     flags = dict(word[2:].partition("=")[::2] for word in argv if word.startswith("--"))
     words = [word for word in argv[2:] if not word.startswith("--")]
     assert "zone" in flags, argv
-    error = fault(" ".join(words[:2]))
-    if error is not None:
-        print(error, file=sys.stderr)
-        return 1
+    rule = fault(" ".join(words[:2]))
+    if rule is not None:
+        print(rule["error"], file=sys.stderr)
+        return rule.get("code", 1)
     if words[:2] == ["queued-resources", "create"]:
         assert not STATE.exists(), "a request of that name exists"
         assert flags["node-id"] == words[2] and "accelerator-type" in flags and "runtime-version" in flags
@@ -59,8 +59,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def fault(call: str) -> str | None:
-    """What gcloud says instead of doing this call."""
+def fault(call: str) -> dict | None:
+    """The failure that is due instead of this call."""
     rules = json.loads(FAULTS.read_text()) if FAULTS.exists() else []
     for rule in rules:
         if rule["call"] != call or (rule.get("started") and not starts()):
@@ -74,7 +74,7 @@ def fault(call: str) -> str | None:
         else:
             rule["times"] -= 1
             FAULTS.write_text(json.dumps(rules))
-        return rule["error"]
+        return rule
     return None
 
 
