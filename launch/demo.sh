@@ -2,15 +2,20 @@
 # Data, training, sampling, evaluation and a report on ten photographs: the whole of dip_jax, on whatever this machine has.
 # Run it again after an interruption, and it goes on where it stopped.
 #
-# usage: bash launch/demo.sh [--accelerator auto|cpu|cuda|tpu] [--workdir DIR] [--quick] [--config.KEY=VALUE ...]
+# usage: bash launch/demo.sh [--accelerator auto|cpu|cuda|tpu] [--workdir DIR] [--quick] [--dry-run]
+#                            [--config.KEY=VALUE ...]
 #
 #   --accelerator   what to compute on; auto takes a GPU or TPU where there is one    (auto)
 #   --workdir       where checkpoints, logs and report.html go                        (runs/demo beside this folder)
 #   --quick         leave out the metric row of the raw (not averaged) weights
+#   --dry-run       print what would be run, with the environment
 #   --config.*      overrides of configs/demo.py, such as --config.train.steps=200
 set -euo pipefail
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
+# shellcheck source=launch/dry_run.sh
+source "$ROOT/launch/dry_run.sh" "$@"
+set -- "${words[@]+"${words[@]}"}"
 accelerator=auto workdir=$ROOT/runs/demo train_flags=() evaluate_flags=()
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -20,7 +25,7 @@ while [ $# -gt 0 ]; do
     --workdir) workdir=${2:?--workdir needs a value}; shift ;;
     --quick) evaluate_flags+=(--quick) ;;
     --config.*) train_flags+=("$1") ;;
-    -h|--help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h|--help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "demo.sh: unknown argument '$1': see --help" >&2; exit 2 ;;
   esac
   shift
@@ -28,11 +33,12 @@ done
 workdir=$(realpath -m -- "$workdir")
 dataset=$ROOT/datasets/photo_crops
 
-bash "$ROOT/launch/install.sh" --accelerator "$accelerator"
+act bash "$ROOT/launch/install.sh" --accelerator "$accelerator"
 # shellcheck source=launch/env.sh
 source "$ROOT/launch/env.sh" "$accelerator"
-dip=("$ROOT/.venv/bin/python" -m dip_jax)
+dip=(act "$ROOT/.venv/bin/python" -m dip_jax)
 
+[ -z "$dry_run" ] || printf 'cd %q\n' "$ROOT"
 cd "$ROOT"
 "${dip[@]}" prepare --source=photo_crops --image_size=64 --out="$dataset"
 "${dip[@]}" train --config=configs/demo.py --workdir="$workdir" --config.data.path="$dataset" \

@@ -3,7 +3,8 @@
 # already set in the environment stays. Versions of JAX and its plugins: requirements.txt and the extras of pyproject.toml.
 
 # The interpreter of install.sh, or another that has the package: a cluster's module, a container.
-export PYTHON=${PYTHON:-$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin/python}
+dip_launch=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+export PYTHON=${PYTHON:-${dip_launch%/*}/.venv/bin/python}
 
 # Compile once per machine: a second start of the same step takes seconds instead of minutes.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/dip_jax/xla}
@@ -12,11 +13,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COM
 # Name what was found: dip_jax ends with one line where the first of these is not there, and never falls back to the CPU.
 dip_platform=${1:-auto}
 if [ "$dip_platform" = auto ]; then
-  if [ -n "${JAX_PLATFORMS:-}" ]; then dip_platform=chosen
-  elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then dip_platform=cuda
-  elif compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then dip_platform=tpu
-  else dip_platform=cpu
-  fi
+  if [ -n "${JAX_PLATFORMS:-}" ]; then dip_platform=chosen; else dip_platform=$(bash "$dip_launch/accelerator.sh") || exit 2; fi
 fi
 case "$dip_platform" in
   cpu) export JAX_PLATFORMS=cpu ;;

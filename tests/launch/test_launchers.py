@@ -93,16 +93,6 @@ def test_broken_cuda_ends_the_run_with_one_line(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_dry_runs():
-    local = bash("launch/local.sh", "--dry-run", "--processes=2", "train", "--config=a b.py", PYTHON="python")
-    assert local.returncode == 0
-    one, two = local.stdout.splitlines()
-    assert "JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 CUDA_VISIBLE_DEVICES=0" in one and "JAX_PROCESS_ID=1" in two
-    assert r"python -m dip_jax train --config=a\ b.py > logs/process-1.log" in two
-    slurm = bash("launch/slurm.sbatch", "--dry-run", "train", "--config=a b.py", PYTHON="python")
-    assert slurm.stdout.startswith("srun ") and r"python -m dip_jax train --config=a\ b.py" in slurm.stdout
-
-
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -1,48 +1,25 @@
 """`launch/tpu_pod.sh` against a stand-in for gcloud whose workers are local processes: the whole life of a slice."""
 
-import json
-import shlex
+import re
 import shutil
-import sys
+import subprocess
 
 import launching
 import pytest
-from places import SUPPORT
 
-NAME = ("--name=dip", "--zone=here", "--poll=0", "--accelerator=cpu")
+NAME = launching.SLICE
 
 
 @pytest.fixture
 def pod(tmp_path):
-    """Calls the launcher with two workers; returns the finished process."""
-    shim = tmp_path / "shim"
-    (shim / "bin").mkdir(parents=True)
-    gcloud = shim / "bin" / "gcloud"
-    gcloud.write_text(f'#!/bin/bash\nexec {sys.executable} {SUPPORT / "gcloud_shim.py"} "$@"\n')
-    gcloud.chmod(0o755)
-    slow = launching.write_slow_python(tmp_path)
-    path = launching.environment()["PATH"]
-
-    def call(*argv: object):
-        return launching.launch(
-            "launch/tpu_pod.sh",
-            *argv,
-            PATH=f"{shim / 'bin'}:{path}",
-            SHIM=str(shim),
-            SHIM_WORKERS="2",
-            PYTHON=str(slow),
-            JAX_COORDINATOR_ADDRESS=launching.free_address(),
-            JAX_NUM_PROCESSES="2",
-        )
-
-    call.shim = shim
-    return call
+    """Two workers on which steps are slow."""
+    with launching.Pod(tmp_path, python=launching.write_slow_python(tmp_path)) as pod:
+        yield pod
 
 
 def calls(pod) -> list[str]:
     """The gcloud calls so far but for looks at the state, in two words each."""
-    lines = map(json.loads, (pod.shim / "calls").read_text().splitlines())
-    return [" ".join(words[2:4]) for words in lines if "describe" not in words]
+    return [" ".join(words[2:4]) for words in pod.calls() if "describe" not in words]
 
 
 @pytest.mark.slow
@@ -70,17 +47,23 @@ def test_a_mistake_is_not_repeated(pod):
     assert calls(pod).count("queued-resources create") == 1
 
 
-def test_dry_run_calls_nothing(pod):
-    done = pod("up", *NAME, "--dry-run", "--spot", "--project=p", "train", "--config=a b.py")
-    assert done.returncode == 0 and not (pod.shim / "calls").exists()
-    lines = [shlex.split(line) for line in done.stdout.replace("\\\n", "").splitlines()]
-    assert [words[3:5] for words in lines if words[:3] == ["gcloud", "compute", "tpus"]] == [
-        ["queued-resources", "create"],
-        ["tpu-vm", "scp"],
-        *[["tpu-vm", "ssh"]] * 3,
-    ]
+@pytest.mark.parametrize("last", [False, True], ids=["before COMMAND", "after it"])
+def test_dry_run_calls_nothing(pod, last):
+    flags, command = ["--spot", "--project=p"], ["train", "--config=a b.py"]
+    (command if last else flags).append("--dry-run")
+    before = set(pod.shim.rglob("*"))
+    done = pod("up", *NAME, *flags, *command, TMPDIR=str(pod.shim))
+    assert done.returncode == 0 and set(pod.shim.rglob("*")) == before
+    show = f'gcloud() {{ printf "%s\\0" "$@"; printf "\\1"; }}; git() {{ :; }}; tar() {{ :; }}\n{done.stdout}'
+    said = subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True).stdout
+    lines = [call.split("\0")[:-1] for call in said.split("\1")[:-1]]
+    assert [words[2:4] for words in lines] == [["queued-resources", "create"], ["tpu-vm", "scp"], *[["tpu-vm", "ssh"]] * 3]
     assert "--spot" in lines[0] and "--project=p" in lines[0]
-    assert r"--config=a\\ b.py" in lines[-1][-1]
+    (start,) = (word for word in lines[-1] if word.startswith("--command="))
+    (line,) = re.findall("^--command=line=(.*) start=.*$", start, re.MULTILINE)
+    command = subprocess.run(["bash", "-c", f"line={line}; eval printf '%s,' $line"], capture_output=True, text=True)
+    assert "# JAX_" in done.stdout and "HOME/dip_jax/.venv/bin/python -m dip_jax train --config=a\\ b.py" in done.stdout
+    assert command.stdout == "bash,launch/local.sh,--accelerator=cpu,train,--config=a b.py,"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +75,7 @@ def test_dry_run_calls_nothing(pod):
         (["create", "--name=n"], "--zone is missing"),
         (["run", "--name=n", "--zone=z"], "needs a COMMAND"),
         (["create", "--name=n", "--zome=z"], "--zome"),
+        (["create", "--name=n", "--zone=z", "--poll=soon"], "--poll=soon"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

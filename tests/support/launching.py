@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+from leftovers import kill_at_home
 from places import ROOT, SUPPORT
 from small_data import write_dataset
 
@@ -88,6 +89,40 @@ def launch(*argv: object, timeout: float = 900.0, **env: str) -> subprocess.Comp
             os.killpg(process.pid, signal.SIGKILL)
             raise
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+SLICE = ("--name=dip", "--zone=here", "--poll=0", "--accelerator=cpu")
+
+
+class Pod:
+    """Calls `launch/tpu_pod.sh` with a stand-in for gcloud and two workers whose PYTHON is given; a context manager."""
+
+    def __init__(self, folder: pathlib.Path, *, python: pathlib.Path):
+        self.shim = folder / "shim"
+        (self.shim / "bin").mkdir(parents=True)
+        gcloud = self.shim / "bin" / "gcloud"
+        gcloud.write_text(f'#!/bin/bash\nexec {sys.executable} -ES {SUPPORT / "gcloud_shim.py"} "$@"\n')
+        gcloud.chmod(0o755)
+        self._settings = {"SHIM": str(self.shim), "SHIM_WORKERS": "2", "PYTHON": str(python)}
+        self._settings |= {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
+        self._settings["PATH"] = f"{self.shim / 'bin'}:{environment()['PATH']}"
+
+    def __call__(self, *argv: object, **env: str) -> subprocess.CompletedProcess:
+        return launch("launch/tpu_pod.sh", *argv, **self._settings, **env)
+
+    def __enter__(self) -> "Pod":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        kill_at_home(self.shim)
+
+    def environment(self) -> dict[str, str]:
+        return environment(**self._settings)
+
+    def calls(self) -> list[list[str]]:
+        """The gcloud calls so far."""
+        file = self.shim / "calls"
+        return list(map(json.loads, file.read_text().splitlines())) if file.exists() else []
 
 
 def free_address() -> str:
