@@ -314,7 +314,7 @@ def test_backbone_of_another_size_is_refused():
         ({"name": "DiP-XL"}, "not DiP-SIZE/PATCH"),
         ({"name": "DiP-XXL/16"}, "unknown: it is one of tiny, S"),
         ({"head_widht": 3}, "unknown model fields head_widht"),
-        ({"head": "attention", "head_width": 130}, "multiple of 64"),
+        ({"head": "attention", "head_width": 200}, "multiple of 64"),
         ({"image_size": 250}, "not a multiple of model.patch_size"),
         ({"num_classes": 0}, "num_classes=0 is as many as the dataset has, and there is none here"),
         ({"num_classes": -1}, "num_classes=-1 must be at least 1, or 0"),

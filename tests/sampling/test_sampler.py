@@ -215,7 +215,7 @@ def test_interval_is_strict_and_excludes_data():
     ("solver", "expected"), [("euler", (100, 89)), ("heun", (200, 178)), ("ab2", (101, 89)), ("sde", (100, 89))]
 )
 def test_network_evaluations(solver, expected):
-    assert sampler.nfe(config.Sample(solver=solver)) == expected
+    assert sampler.nfe(config.Sample(solver=solver, interval=(0.1, 1.0))) == expected
     assert sampler.nfe(config.Sample(solver=solver, guidance=1.0)) == (expected[0], 0)
 
 
