@@ -82,7 +82,7 @@ def test_every_head_has_a_cost():
 
 @pytest.mark.parametrize(("head", "place"), COMBINATIONS)
 def test_flops_are_those_of_the_traced_products(head, place, monkeypatch):
-    """Against the products in the jaxpr itself, layers unrolled: what one image more costs, without the composing of kernels."""
+    """Against the products in the jaxpr itself, layers unrolled: what one more image costs, kernels composed beforehand."""
     monkeypatch.setattr(folding, "composes", lambda *sizes, patches: True)
     model = small(head=head, placement=place, width=64, scan_layers=False, image_size=(32, 32), head_depth=None)
     h, w = model.config.image_size
