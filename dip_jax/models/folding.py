@@ -128,7 +128,9 @@ def convolve_transposed(x: jax.Array, up: jax.Array, bias: jax.Array, kernel: ja
     `up[a, b]` is the matrix between input (i, j) and output (2 i + a, 2 j + b).
     """
     side, c, o = x.shape[0], x.shape[-1], kernel.shape[-1]
-    exact = {"precision": lax.Precision.HIGHEST}
+    exact, kept = {"precision": lax.Precision.HIGHEST}, jnp.finfo(x.dtype)
+    # Rounded as the plain order does, and as `DiP.cast` may have done already; XLA may skip a conversion there and back.
+    bias = lax.reduce_precision(bias.astype(kernel.dtype), kept.nexp, kept.nmant)
     lifted = up.transpose(2, 0, 1, 3)  # [C, a, b, C]
     if not composes(side, c, o, patches=patches_at_once()):
         y = lax.dot_general(x, lifted.astype(x.dtype), (((2,), (0,)), ((), ())))  # [r, r, a, b, C]
@@ -160,8 +162,13 @@ def _maximum(x: jax.Array) -> jax.Array:
     """Of equals the first in reading order has the whole gradient, as in PyTorch; `jnp.max` would share it out."""
     side = x.shape[0] // 2
     rows = x.reshape(side, 2, side, 2, x.shape[-1])
-    columns = jnp.where(rows[:, :, :, 0] < rows[:, :, :, 1], rows[:, :, :, 1], rows[:, :, :, 0])
-    return jnp.where(columns[:, 0] < columns[:, 1], columns[:, 1], columns[:, 0])
+    columns = _larger(rows[:, :, :, 0], rows[:, :, :, 1])
+    return _larger(columns[:, 0], columns[:, 1])
+
+
+def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a where they are equal; NaN where either is, so that the loop sees it."""
+    return jnp.where((a >= b) | jnp.isnan(a), a, b)
 
 
 # 2x2 pooling, x [r, r, C] -> [r/2, r/2, C], as reshapes: `reduce_window` has a gradient three times slower.

@@ -89,3 +89,20 @@ def test_of_equals_the_first_has_the_gradient_of_the_maximum(side):
     found = jax.grad(lambda x: jnp.sum(folding.POOLS["max"](x)))(x)[..., 0]
     expected = jnp.zeros((side, side)).at[::2, ::2].set(1.0).at[0, 0].set(0.0).at[0, 1].set(1.0)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_window_with_a_nan_is_nan(place):
+    """As PyTorch's: what is no number must reach the loss, or nobody would stop the training."""
+    x = jnp.arange(4.0).at[place].set(jnp.nan).reshape(2, 2, 1)
+    assert np.isnan(folding.POOLS["max"](x)).all()
+
+
+@pytest.mark.parametrize("composed", [True, False])
+def test_cast_parameters_give_the_same_bits_in_either_order(composed, monkeypatch):
+    monkeypatch.setattr(folding, "composes", lambda *sizes, patches: composed)
+    model = small(head="unet", dtype="bfloat16")
+    params = randomise(jax.jit(model.init)(jax.random.key(1)))
+    batch = jax.random.normal(jax.random.key(2), (2, 16, 8, 3)), jnp.array([0.1, 0.9]), jnp.array([0, 1])
+    apply = jax.jit(lambda *operands: model.apply(*operands))  # its own trace: `composes` is no key of a cache
+    np.testing.assert_array_equal(apply(model.cast(params), *batch), apply(params, *batch))
