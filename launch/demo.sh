@@ -17,16 +17,18 @@ ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 source "$ROOT/launch/dry_run.sh" "$@"
 set -- "${words[@]+"${words[@]}"}"
 accelerator=auto workdir=$ROOT/runs/demo train_flags=() evaluate_flags=()
+fail() { echo "demo.sh: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
+  case "$1" in --accelerator|--workdir) [ $# -gt 1 ] || fail "$1 needs a value" ;; esac
   case "$1" in
     --accelerator=*) accelerator=${1#*=} ;;
-    --accelerator) accelerator=${2:?--accelerator needs a value}; shift ;;
+    --accelerator) accelerator=$2; shift ;;
     --workdir=*) workdir=${1#*=} ;;
-    --workdir) workdir=${2:?--workdir needs a value}; shift ;;
+    --workdir) workdir=$2; shift ;;
     --quick) evaluate_flags+=(--quick) ;;
     --config.*) train_flags+=("$1") ;;
     -h|--help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
-    *) echo "demo.sh: unknown argument '$1': see --help" >&2; exit 2 ;;
+    *) fail "unknown argument '$1': see --help" ;;
   esac
   shift
 done

@@ -10,11 +10,12 @@ set -- "${words[@]+"${words[@]}"}"
 accelerator=auto extras=()
 fail() { echo "install.sh: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
+  case "$1" in --accelerator|--extra) [ $# -gt 1 ] || fail "$1 needs a value" ;; esac
   case "$1" in
     --accelerator=*) accelerator=${1#*=} ;;
-    --accelerator) accelerator=${2:?--accelerator needs a value}; shift ;;
+    --accelerator) accelerator=$2; shift ;;
     --extra=*) extras+=("${1#*=}") ;;
-    --extra) extras+=("${2:?--extra needs a value}"); shift ;;
+    --extra) extras+=("$2"); shift ;;
     -h|--help) sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) fail "unknown argument '$1': see --help" ;;
   esac

@@ -59,7 +59,7 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$name" ] || fail "--name is missing: name the slice, such as --name=dip"
 [ -n "$zone" ] || fail "--zone is missing: where the slice is, such as --zone=us-east5-a"
-[[ $poll =~ ^[0-9]+$ ]] || fail "--poll=$poll must be a number of seconds"
+[[ $poll =~ ^(0|[1-9][0-9]*)$ ]] || fail "--poll=$poll must be a number of seconds"
 case "$action" in up|run) [ $# -gt 0 ] || fail "$action needs a COMMAND, such as train --config=configs/dip.py" ;; esac
 [ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud is not on PATH: install the Google Cloud CLI"
 
@@ -87,16 +87,23 @@ state() {
 # Return codes beside those of commands: the request has no machines any more, or never will; there is no answer.
 gone=4 unknown=5
 create() {
-  local flags=("--node-id=$name" "${place[@]}" "--accelerator-type=$type" "--runtime-version=$runtime") now tries=0
+  local flags=("--node-id=$name" "${place[@]}" "--accelerator-type=$type" "--runtime-version=$runtime") now asked='' tries=0
   [ -z "$spot" ] || flags+=(--spot)
   [ -z "$dry_run" ] || { call queued-resources create "$name" "${flags[@]}"; return 0; }
   while now=$(state); do
     case "$now" in
       ACTIVE) return 0 ;;
       NONE)  # also after a try that failed: it may have been heard all the same
-        call queued-resources create "$name" "${flags[@]}" || again $((++tries)) "gcloud refuses to create $name" || return 1
+        [ -z "$asked" ] || { say "somebody deleted $name: not asked for again"; return 1; }
+        if call queued-resources create "$name" "${flags[@]}"; then
+          asked=1
+        else
+          again $((++tries)) "gcloud refuses to create $name" || return 1
+        fi
         continue ;;
       FAILED|SUSPENDING|SUSPENDED) say "the request is $now"; return "$gone" ;;
+      DELETING) ;;
+      *) asked=1 ;;
     esac
     echo "waiting: $now" >&2
     sleep "$poll"
@@ -140,7 +147,8 @@ on_slice() {
 # The images carry Python 3.10; uv brings a newer one into the home directory.
 # shellcheck disable=SC2016
 MAKE_ENVIRONMENT='cd dip_jax && export PATH=$HOME/.local/bin:$PATH && { [ -n "${PYTHON:-}" ] || {
-  command -v python3.12 python3.11 >/dev/null || { python3 -m pip install --user --quiet uv && uv python install --quiet 3.12; }
+  command -v python3.12 python3.11 >/dev/null ||
+    { python3 -m pip install --user --quiet uv && uv python install --quiet 3.12; } || exit 1  # no network, which is no mistake (2)
   bash launch/install.sh --accelerator '$accelerator'; }; }'
 make_environment() { on_workers all "$MAKE_ENVIRONMENT"; }
 install() { on_slice make_environment; }
@@ -180,10 +188,8 @@ to_the_end() {  # what the command of worker 0 ended with; $gone and $unknown, w
   while :; do
     began=$SECONDS
     if on_workers all "$(printf 'line=%q start=%q' "$line" "$start")"$'\n'"$START_OR_FOLLOW"; then return 0; fi
-    if code=$(on_workers 0 "grep -qs '^$start ' dip_jax/logs/start && cat dip_jax/logs/exit") && [[ $code =~ ^[0-9]+$ ]]; then
-      [ "$code" != 0 ] || code=1  # another worker failed
-      return "$code"
-    fi
+    # Where worker 0 is done, gcloud failed for another worker, or in the connection.
+    if code=$(ended 0) && { [ "$code" != 0 ] || code=$(ended all); }; then return "$code"; fi
     now=$(state) || return "$unknown"
     [ "$now" = ACTIVE ] || return "$gone"
     [ $((SECONDS - began)) -lt 600 ] || tries=0  # it was followed for a while
@@ -191,6 +197,11 @@ to_the_end() {  # what the command of worker 0 ended with; $gone and $unknown, w
   done
   say "the command may still run: the same action with the same command goes on with it"
   return "$unknown"
+}
+ended() {  # what the command of this start ended with on worker $1, or the largest of all; false where that is not known
+  local said
+  said=$(on_workers "$1" "grep -qs '^$start ' dip_jax/logs/start && cat dip_jax/logs/exit") || return 1
+  grep -xE '[0-9]+' <<<"$said" | sort -n | tail -n 1
 }
 on_a_worker() {  # what local.sh makes of it there, in a home directory that nobody here knows
   local lines here
@@ -238,13 +249,17 @@ up() {
 }
 give_back() {  # a request that was seen to have no machines
   local now tries=0
-  while now=$(state) && [ "$now" != NONE ]; do
+  while now=$(state); do
     case "$now" in
-      FAILED|SUSPENDING|SUSPENDED) delete || again $((++tries)) "$name cannot be deleted" || return 1 ;;
+      NONE) return 0 ;;
+      FAILED|SUSPENDING|SUSPENDED)
+        [ "$tries" = 0 ] || again "$tries" "$name cannot be deleted" || return 1
+        tries=$((tries + 1))
+        delete || true ;;  # the next look says whether it is gone
       *) sleep "$poll" ;;
     esac
   done
-  [ "$now" = NONE ]
+  return 1
 }
 
 case "$action" in

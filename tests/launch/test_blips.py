@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 
@@ -36,6 +37,7 @@ codes=($(cat $SHIM/codes))
 case ${codes[$(wc -l <$SHIM/starts.$JAX_PROCESS_ID) - 1]} in
   wait) while [ ! -e $SHIM/go ]; do /bin/sleep 0.02; done; exit 0 ;;
   preempted) echo SUSPENDED >$SHIM/state; exit 1 ;;
+  alone) exit $((86 * JAX_PROCESS_ID)) ;;
   deleted) rm -f $SHIM/state; exit 1 ;;
   *) exit ${codes[$(wc -l <$SHIM/starts.$JAX_PROCESS_ID) - 1]} ;;
 esac
@@ -154,6 +156,63 @@ def test_what_somebody_deleted_is_not_asked_for_again(pod):
     done = pod.up("deleted 0")
     assert done.returncode == 1 and "somebody deleted dip" in done.stderr
     assert pod.count(CREATE) == 1 and pod.starts() == 1
+
+
+def test_what_somebody_deleted_while_it_waited_is_not_asked_for_again(pod):
+    (pod.shim / "bin" / "sleep").write_text("#!/bin/sh\n[ -e $SHIM/once ] || rm $SHIM/state\ntouch $SHIM/once\n")
+    done = pod.up("0")
+    assert done.returncode == 1 and "somebody deleted dip" in done.stderr.splitlines()[-1]
+    assert pod.count(CREATE) == 1 and pod.starts() == 0
+
+
+def test_a_request_that_is_being_deleted_is_waited_for(pod):
+    """Asked for by an `up` before this one, perhaps."""
+    (pod.shim / "state").write_text("DELETING")
+    (pod.shim / "bin" / "sleep").write_text("#!/bin/sh\ngrep -qs DELETING $SHIM/state && rm $SHIM/state\n")
+    assert pod.up("0").returncode == 0
+    assert pod.count(CREATE) == 1 and pod.starts() == 1
+
+
+def test_a_deletion_without_effect_is_tried_a_few_times(pod):
+    gcloud = pod.shim / "bin" / "gcloud"
+    no = "echo x >>$SHIM/deletions; [ $(wc -l <$SHIM/deletions) -lt 9 ] || rm -f $SHIM/state; exit"
+    gcloud.write_text(gcloud.read_text().replace("exec", f'case "$*" in *"resources delete"*) {no} ;; esac\nexec', 1))
+    done = pod.up("preempted 0")
+    assert done.returncode == 1 and "dip cannot be deleted" in done.stderr.splitlines()[-1]
+    assert (pod.shim / "deletions").read_text().split() == ["x"] * 6 and pod.pauses()[-5:] == ALL
+
+
+def test_workers_without_network_are_no_mistake(pod, tmp_path):
+    """No worker can install Python, which is not there: `install.sh` would say that the user has a wrong one."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("bash", "cat", "dirname", "grep", "sed"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    (tools / "python3").write_text("#!/bin/bash\ncase $2 in pip) echo no network >&2; exit 2 ;; esac\necho 3.10\n")
+    (tools / "python3").chmod(0o755)
+    pod.prepare("")
+    for action in ("create", "sync"):
+        assert pod(action, *launching.SLICE[:2], "--accelerator=cpu").returncode == 0
+    waited = len(pod.pauses())
+    done = pod("install", *launching.SLICE[:2], "--accelerator=cpu", PATH=f"{pod.shim / 'bin'}:{tools}", PYTHON="")
+    assert done.returncode == 1 and "do not answer, or fail, with 1" in done.stderr.splitlines()[-1], done.stderr
+    assert pod.pauses()[waited:] == ALL and "no network" in done.stderr and "Python 3.11" not in done.stderr
+
+
+def test_a_connection_lost_at_the_very_end_is_no_failure(pod):
+    """The command is done, and only gcloud's own exit code is not 0."""
+    gcloud = pod.shim / "bin" / "gcloud"
+    late = '[[ "$*" != *"start="* || -e $SHIM/late ]] || {{ {shim}; touch $SHIM/late; exit 255; }}\nexec {shim}\n'
+    gcloud.write_text("#!/bin/bash\n" + late.format(shim=gcloud.read_text().partition("exec ")[2].strip()))
+    done = pod.up("0")
+    assert done.returncode == 0, done.stderr
+    assert (pod.shim / "late").exists() and pod.starts() == pod.starts(1) == 1
+
+
+def test_what_one_worker_alone_ended_with_counts(pod):
+    done = pod.up("alone")
+    assert done.returncode == 86 and "ended with 86: not repeated" in done.stderr.splitlines()[-1]
+    assert pod.starts() == pod.starts(1) == 1
 
 
 def test_workers_out_of_reach_are_no_crash(pod):

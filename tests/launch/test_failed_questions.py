@@ -139,7 +139,7 @@ def test_an_installation_that_fails_is_no_mistake(checkout):
     checkout.tool("python3.12", PYTHON)
     checkout.tool("uv", "echo no network >&2; exit 2")
     for argv in (["launch/install.sh"], ["launch/local.sh", "info"], ["launch/slurm.sbatch", "train"]):
-        done = checkout.bash(*argv, ACCELERATOR="cpu", path=":/usr/bin:/bin" if "slurm" in argv[0] else "")
+        done = checkout.bash(*argv, ACCELERATOR="cpu", SLURM_JOB_ID="7", path=":/usr/bin:/bin" if "slurm" in argv[0] else "")
         assert done.returncode == 1 and done.stderr.splitlines()[-2:] == [
             "no network",
             "install.sh: the installation failed, see above; run it again",

@@ -100,6 +100,7 @@ def test_broken_cuda_ends_the_run_with_one_line(tmp_path):
         (["launch/local.sh", "--processes=two", "train"], "--processes=two"),
         (["launch/local.sh", "--proceses=2", "train"], "--proceses"),
         (["launch/slurm.sbatch"], "which command?"),
+        (["launch/slurm.sbatch", "train"], "submit it with sbatch"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -116,6 +117,7 @@ def test_mistakes_of_the_other_launchers(argv, words):
         (["--accelerator", "cuda"], ["nvidia-smi", "--accelerator=cpu"]),
         (["--accelerator=tpu"], ["/dev/accel", "--accelerator=cpu"]),
         (["--acelerator=cpu"], ["--acelerator", "--help"]),
+        (["--accelerator"], ["--accelerator needs a value"]),
     ],
     ids=lambda v: v[0],
 )

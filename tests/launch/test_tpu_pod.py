@@ -75,6 +75,7 @@ def test_dry_run_calls_nothing(pod, last):
         (["create", "--name=n"], "--zone is missing"),
         (["run", "--name=n", "--zone=z"], "needs a COMMAND"),
         (["create", "--name=n", "--zome=z"], "--zome"),
+        (["create", "--name=n", "--zone=z", "--poll=08"], "--poll=08"),
         (["create", "--name=n", "--zone=z", "--poll=soon"], "--poll=soon"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -108,7 +108,7 @@ class Pod:
         self._settings["PATH"] = f"{self.shim / 'bin'}:{environment()['PATH']}"
 
     def __call__(self, *argv: object, **env: str) -> subprocess.CompletedProcess:
-        return launch("launch/tpu_pod.sh", *argv, **self._settings, **env)
+        return launch("launch/tpu_pod.sh", *argv, **(self._settings | env))
 
     def __enter__(self) -> "Pod":
         return self
