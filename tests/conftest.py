@@ -32,10 +32,11 @@ def pytest_addoption(parser):
     parser.addoption("--update-goldens", action="store_true", help="rewrite tests/golden/ instead of comparing")
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
     parser.addoption("--campaign", action="store_true", help="run the tests marked campaign (full counts)")
+    parser.addoption("--aot", action="store_true", help="run the tests marked aot (the accelerators' own compilers)")
 
 
 def pytest_collection_modifyitems(config, items):
-    for tier in ("slow", "campaign"):
+    for tier in ("slow", "campaign", "aot"):
         if not config.getoption(f"--{tier}"):
             for item in items:
                 if tier in item.keywords:

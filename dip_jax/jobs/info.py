@@ -3,10 +3,17 @@
 With --mesh the training step is compiled for so many fake CPU devices (seconds to minutes, no arrays), and memory, collectives
 and the predicted time of a step on v5p, v6e, H100 and H200 are added: estimates, as the compiler is the CPU's.
 
+With --topology that machine's own compiler is asked, which runs anywhere (pip install -e '.[aot-tpu]' or '.[aot-gpu]'; one to
+three minutes for DiP-XL): memory or what makes it fit, collectives, and for TPUs the compiler's estimate of the time. A TPU
+slice is named as it is rented: v5p counts TensorCores, two to a chip, v5e and v6e count chips.
+
 Examples:
   python -m dip_jax info --config=configs/dip.py
   python -m dip_jax info --config=configs/dip.py:512 --mesh=data:8,fsdp:4
   python -m dip_jax info --config=configs/dip.py --mesh=data:64 --config.mesh.zero1=True
+  python -m dip_jax info --config=configs/dip.py --topology=v5p-64
+  python -m dip_jax info --config=configs/dip.py --topology=2xv5e-256 --mesh=data:64,fsdp:8 --config.data.batch_size=1024
+  python -m dip_jax info --config=configs/dip.py --topology=h100x8 --job=sample
   python -m dip_jax info --config=configs/dip.py --json
 """
 
@@ -25,7 +32,7 @@ from jax.sharding import AbstractMesh, AxisType
 from dip_jax.config import Config, Mesh
 from dip_jax.errors import UserError
 from dip_jax.models import cost, dip
-from dip_jax.planning import plan, prediction
+from dip_jax.planning import ahead, machine, plan, prediction, topologies
 from dip_jax.runtime import accelerators, command_line, sharding
 from dip_jax.training import optim, repa, state
 
@@ -34,6 +41,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     """The command's flags."""
     command_line.define_config(flags)
     absl_flags.DEFINE_string("mesh", "", "devices to compile for, such as data:8,fsdp:4", flag_values=flags)
+    absl_flags.DEFINE_string("topology", "", "machine to compile for: v5e-16, v5p-64, 2xv5e-256, h100x8, …", flag_values=flags)
+    absl_flags.DEFINE_enum("job", "train", ahead.JOBS, "what is compiled for --topology", flag_values=flags)
     absl_flags.DEFINE_boolean("json", False, "print one JSON object instead of tables", flag_values=flags)
 
 
@@ -44,6 +53,11 @@ def run(flags: absl_flags.FlagValues) -> None:
     mesh = config.mesh
     if flags.mesh:
         mesh = dataclasses.replace(read_mesh(flags.mesh), zero1=mesh.zero1, rules=mesh.rules)
+    if flags.topology:
+        _describe_machine(flags, config, mesh)
+        return
+    if flags.job != "train":
+        raise UserError(f"--job={flags.job} needs --topology: without it, only the training step is planned")
     facts = describe(config, mesh=mesh)
     if flags.mesh:
         facts["compiled"] = describe_compiled(config, mesh=mesh, memory=facts["bytes_per_device"])
@@ -53,6 +67,38 @@ def run(flags: absl_flags.FlagValues) -> None:
     params = jax.eval_shape(dip.from_config(config.model).init, jax.random.key(0))
     print(parameter_overview.get_parameter_overview(params, include_stats=False))
     print(tables(facts))
+
+
+def _describe_machine(flags: absl_flags.FlagValues, config: Config, mesh: Mesh) -> None:
+    """The facts and tables of --topology."""
+    topology = topologies.parse(flags.topology)
+    topologies.require_compiler(topology)
+    sizes = fill(mesh, devices=topology.devices)
+    facts = describe(config, mesh=sizes if flags.job == "train" else Mesh(data=1))
+    config = dataclasses.replace(config, mesh=sizes)
+    facts["machine"] = machine.describe(config, topology=topology, job=flags.job)
+    if flags.json:
+        print(json.dumps(facts, indent=2))
+        return
+    estimate = [*tables(facts).splitlines(), ""] if flags.job == "train" else []
+    print("\n".join([*estimate, *machine.lines(facts["machine"])]))
+
+
+def fill(mesh: Mesh, *, devices: int) -> Mesh:
+    """The mesh with its -1 replaced by what so many devices leave.
+
+    Raises:
+        UserError: if the axes do not multiply to the number of devices.
+    """
+    known = math.prod(n for n in (mesh.data, mesh.fsdp, mesh.tensor) if n > 0)
+    rest = {axis: devices // known for axis in sharding.AXES if getattr(mesh, axis) == -1}
+    filled = dataclasses.replace(mesh, **{axis: max(size, 1) for axis, size in rest.items()})
+    if math.prod((filled.data, filled.fsdp, filled.tensor)) != devices:
+        raise UserError(
+            f"mesh data,fsdp,tensor={(filled.data, filled.fsdp, filled.tensor)} does not multiply to the {devices} devices of "
+            "--topology: change --mesh, or set one of config.mesh to -1"
+        )
+    return filled
 
 
 def describe(config: Config, *, mesh: Mesh) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Reads a compiled program (XLA's HLO text): every collective and every product, as often as the loops around it run.
 
 XLA's own cost analysis takes the body of a loop once; here a body counts times its trip count, a branch as if it were taken.
+TPU programs do not state trip counts (the bound is the constant in the loop's condition), repeat a collective in every fusion
+that runs while it is under way, and write a reduce-scatter as an all-reduce in a fusion of that name.
 """
 
 import dataclasses
@@ -60,6 +62,7 @@ class Collective:
         count: how often it runs per step.
         source: the operation of the model that it serves.
         arrays: shapes of what it makes, as XLA writes them.
+        channel: its number in the program; 0 where it has none.
     """
 
     kind: str
@@ -68,6 +71,7 @@ class Collective:
     count: int
     source: str
     arrays: tuple[str, ...]
+    channel: int = 0
 
     @property
     def sent(self) -> float:
@@ -83,11 +87,14 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """All collectives between more than one device in a compiled program, in the order of the text."""
-    found = []
-    for instruction, count, _ in _walk(text):
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
+    found: list[Collective] = []
+    seen: set[int] = set()
+    for instruction, count, place in _walk(text):
+        kind, channel = instruction.opcode.removesuffix("-start"), channel_of(instruction)
+        if kind not in COLLECTIVES or channel in seen:
             continue
+        seen |= {channel} - {0}
+        scattered = kind == "all-reduce" and "all-reduce-scatter" in place.computation
         group = _group(instruction.rest)
         arrays = [match.group(0) for match in _SHAPE.finditer(instruction.result)]
         if instruction.opcode == "all-gather-start":  # operands, then results
@@ -95,16 +102,29 @@ def collectives(text: str) -> list[Collective]:
         elif instruction.opcode == "collective-permute-start":  # operand, result, two counters
             arrays = arrays[1:2]
         size = sum(map(_size, arrays)) * (len(group) if kind == "reduce-scatter" else 1)
-        source = re.search(r'op_name="([^"]*)"', instruction.rest)
+        kind = "reduce-scatter" if scattered else kind
         if len(group) > 1:
-            found.append(Collective(kind, size, group, count, source.group(1) if source else "", tuple(arrays)))
+            found.append(Collective(kind, size, group, count, source_of(instruction), tuple(arrays), channel))
     return found
+
+
+def channel_of(instruction: Instruction) -> int:
+    """The number that the program gives a collective; 0 for none."""
+    found = re.search(r"channel_id=(\d+)", instruction.rest)
+    return int(found.group(1)) if found else 0
+
+
+def source_of(instruction: Instruction) -> str:
+    """The operation of the model that an instruction serves; empty where XLA does not say."""
+    found = re.search(r'op_name="([^"]*)"', instruction.rest)
+    return found.group(1) if found else ""
 
 
 def flops(text: str) -> int:
     """FLOPs per device of all matrix products and convolutions, 2 per multiply-add."""
     total = 0
-    for instruction, count, shapes in _walk(text):
+    for instruction, count, place in _walk(text):
+        shapes = place.shapes
         if instruction.opcode == "dot":
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest).group(1)
             left = _dimensions(shapes[instruction.operands[0]])
@@ -119,18 +139,27 @@ def flops(text: str) -> int:
     return total
 
 
-def _walk(text: str) -> Iterator[tuple[Instruction, int, Mapping[str, str]]]:
-    """Each instruction, how often it runs, and the results of its computation by name."""
-    entry, computations = _computations(text)
-    runs = _runs(entry, computations)
-    for name, instructions in computations.items():
-        shapes = {instruction.name: instruction.result for instruction in instructions}
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an instruction stands."""
+
+    computation: str
+    shapes: Mapping[str, str]  # results of the computation's instructions by name
+
+
+def _walk(text: str) -> Iterator[tuple[Instruction, int, Place]]:
+    """Each instruction, how often it runs, and where it stands."""
+    entry, found = computations(text)
+    runs = count_runs(entry, found)
+    for name, instructions in found.items():
+        place = Place(name, {instruction.name: instruction.result for instruction in instructions})
         for instruction in instructions:
             if runs[name]:
-                yield instruction, runs[name], shapes
+                yield instruction, runs[name], place
 
 
-def _computations(text: str) -> tuple[str, dict[str, list[Instruction]]]:
+def computations(text: str) -> tuple[str, dict[str, list[Instruction]]]:
+    """The name of the entry, and the instructions of every computation in the order of the text."""
     entry, current, found = "", "", {}
     for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
         if header := _HEADER.match(line):
@@ -142,11 +171,11 @@ def _computations(text: str) -> tuple[str, dict[str, list[Instruction]]]:
     return entry, found
 
 
-def _runs(entry: str, computations: Mapping[str, Sequence[Instruction]]) -> Mapping[str, int]:
+def count_runs(entry: str, found: Mapping[str, Sequence[Instruction]]) -> Mapping[str, int]:
     """How often each computation runs per run of the program."""
     calls = {
-        name: [(called, trips) for instruction in instructions for called, trips in _calls(instruction)]
-        for name, instructions in computations.items()
+        name: [(called, trips) for instruction in instructions for called, trips in called_by(instruction, found)]
+        for name, instructions in found.items()
     }
     order: list[str] = []  # callers before what they call
 
@@ -166,11 +195,20 @@ def _runs(entry: str, computations: Mapping[str, Sequence[Instruction]]) -> Mapp
     return runs
 
 
-def _calls(instruction: Instruction) -> Iterator[tuple[str, int]]:
-    trips = _TRIPS.search(instruction.rest) if instruction.opcode == "while" else None
+def called_by(instruction: Instruction, found: Mapping[str, Sequence[Instruction]]) -> Iterator[tuple[str, int]]:
+    """The computations that an instruction runs, and how often each."""
+    trips = _trips(instruction, found) if instruction.opcode == "while" else 1
     for called in _CALLED.findall(instruction.rest):
         for name in re.findall(r"%([\w.\-]+)", called):
-            yield name, int(trips.group(1)) if trips else 1
+            yield name, trips
+
+
+def _trips(loop: Instruction, found: Mapping[str, Sequence[Instruction]]) -> int:
+    if stated := _TRIPS.search(loop.rest):
+        return int(stated.group(1))
+    condition = re.search(r"condition=%([\w.\-]+)", loop.rest)
+    bounds = [re.match(r"(\d+)\)", one.rest) for one in found.get(condition.group(1), ()) if one.opcode == "constant"]
+    return max((int(bound.group(1)) for bound in bounds if bound), default=1)
 
 
 def _group(rest: str) -> tuple[int, ...]:

@@ -114,6 +114,21 @@ def draw_frames(
     return Frames(labels=labels, times=times, noisy=noisy[:, :count], expected=expected[:, :count], images=images[:count])
 
 
+def lower_draw(model: dip.DiP, *, options: config.Sample, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """The call that `draw_batches` makes for a full batch, on abstract arrays: for devices that are not there."""
+    rows = NamedSharding(mesh, sharding.spec(("batch",)))
+    shape = (_rows(options.batch_size, mesh),)
+    whole = jax.eval_shape(model.init, jax.random.key(0))
+    places = sharding.shardings(mesh, model.logical_axes(), whole)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(model.cast, whole), places
+    )
+    numbers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh):
+        return _draw.lower(params, seed, numbers, numbers, model=model, options=options)
+
+
 def _ready(model: dip.DiP, params: Params, mesh: jax.sharding.Mesh) -> Params:
     """The weights on the devices, as the network's products read them."""
     placed = jax.tree.map(_spread, params, sharding.shardings(mesh, model.logical_axes(), params))
@@ -193,6 +208,8 @@ def _draw(params, seed, indices, labels, *, model, options):
     predict, arguments = _arguments(params, seed, indices, labels, model, options)
     x = sampler.draw(predict, **arguments)
     drawn = sampler.to_uint8(x), jnp.isfinite(x).all(axis=(1, 2, 3))
+    drawn = jax.lax.with_sharding_constraint(drawn, sharding.spec(("batch",)))
+    drawn = jax.lax.optimization_barrier(drawn)  # else compilers gather float32, and convert everywhere
     return jax.lax.with_sharding_constraint(drawn, PartitionSpec())  # every host reads all of it
 
 

@@ -1,0 +1,48 @@
+"""XLA:TPU's own estimate of a program's cycles, by part of the model; loops count as often as they run.
+
+It is the compiler's cost model for one core, without waiting for memory or the network: it ranks variants of one program and
+shows waste, and is no measurement. Of a conditional's branches the dearest counts: only one is taken.
+"""
+
+import functools
+import re
+from collections import Counter
+
+from dip_jax.planning import hlo
+
+# Part of the model -> what the names of its operations contain; the first that fits.
+PARTS = {
+    "head": r"/(inject_)?head\b|/inject\b",
+    "blocks": r"/blocks(_after)?\b|/while/body",
+    "embeddings": r"/(condition|patch_embed|final)\b",
+}
+_CONTROL = ("while", "conditional", "call")
+_ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+def by_part(text: str) -> dict[str, int]:
+    """ "head, forward" and the like -> cycles per run, the largest first; "again" is what the backward pass recomputes."""
+    entry, found = hlo.computations(text)
+
+    @functools.cache
+    def of(name: str) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for one in found.get(name, ()):
+            inside = [(of(called), times) for called, times in hlo.called_by(one, found)] if one.opcode in _CONTROL else []
+            if one.opcode == "conditional":
+                inside = [max(inside, key=lambda branch: branch[0].total())]
+            for part, times in inside:
+                total.update({key: cycles * times for key, cycles in part.items()})
+            estimate = _ESTIMATE.search(one.rest)
+            if estimate and not inside:
+                total[_part(hlo.source_of(one))] += int(estimate.group(1))
+        return total
+
+    return dict(of(entry).most_common())
+
+
+def _part(source: str) -> str:
+    part = next((part for part, pattern in PARTS.items() if re.search(pattern, source)), None)
+    if part is None:
+        return "update and the rest"
+    return f"{part}, {'again' if 'rematted' in source else 'backward' if 'transpose(' in source else 'forward'}"
