@@ -101,7 +101,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
             advice = f"fits with {change['flags']} ({change['needed'] / _GIB:.2f} GiB)"
         need = f"{memory['needed'] / _GIB:.2f} GiB per device, of {memory['available'] / _GIB:.2f}"
         return [*head, f"does not fit: the compiler needs {need}; {advice}"]
-    shown = [("state", "arguments"), ("temporaries", "beside them, at the peak"), ("left", "of the device's memory")]
+    temporaries = "beside them, at the peak" if facts["machine_code"] else "beside them, as allocated"
+    shown = [("state", "arguments"), ("temporaries", temporaries), ("left", "of the device's memory")]
     found = [*head, *(f"  {name:<14}{memory[name] / _GIB:>10.3f} GiB  {note}" for name, note in shown)]
     if facts["job"] == "train":
         found.append(f"  the state is {'' if facts['updated_in_place'] else 'NOT '}updated in place")
