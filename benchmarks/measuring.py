@@ -202,9 +202,8 @@ def forward_flops(model: dip.DiP) -> int:
 
 def utilisation(flops_per_second: float) -> float | None:
     """The share of the accelerator's bf16 peak; None where the peak is not known."""
-    kind = jax.devices()[0].device_kind
-    peaks = [chip.flops for name, chip in accelerators.ACCELERATORS.items() if name in kind]
-    return flops_per_second / peaks[0] if peaks else None
+    peak = accelerators.peak_flops(jax.devices()[0].device_kind)
+    return flops_per_second / peak if peak else None
 
 
 def peak_bytes() -> int:

@@ -18,7 +18,6 @@ Examples:
 """
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Mapping
@@ -34,7 +33,7 @@ from dip_jax.errors import UserError
 from dip_jax.models import cost, dip
 from dip_jax.planning import ahead, machine, plan, prediction, topologies
 from dip_jax.runtime import accelerators, command_line, sharding
-from dip_jax.training import optim, repa, state
+from dip_jax.training import optim, repa, state, workload
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -115,15 +114,14 @@ def describe(config: Config, *, mesh: Mesh) -> dict[str, Any]:
     """
     model = dip.from_config(config.model)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    parameters = _with_totals({name: _count(tree) for name, tree in params.items()})
+    parameters = _with_totals({name: workload.count(tree) for name, tree in params.items()})
     baseline = dip.from_config(dataclasses.replace(config.model, head="none", placement="post_hoc"))
-    growth = parameters["total"] / _count(jax.eval_shape(baseline.init, jax.random.key(0))) - 1
+    growth = parameters["total"] / workload.count(jax.eval_shape(baseline.init, jax.random.key(0))) - 1
     flops = _with_totals({part: count for part, count in cost.forward_flops(config.model).items() if count})
     grid = _abstract(mesh)
     sharding.check_split(grid.shape, model=config.model, batch_size=config.data.batch_size, accumulate=config.optim.accumulate)
-    images = config.data.batch_size // (grid.shape["data"] * grid.shape["fsdp"] * config.optim.accumulate)
-    memory = _state_bytes(model, config, grid, zero1=mesh.zero1)
-    memory["activations"] = images * cost.activation_bytes_per_image(model)
+    images = workload.images_at_a_time(config, grid.shape)
+    memory = _planned_bytes(model, config, grid, zero1=mesh.zero1, images=images)
     return {
         "parameters": {**parameters, "growth_over_dit_only": growth},
         "flops_per_image": flops,
@@ -230,10 +228,6 @@ def _compiled_tables(compiled: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _count(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
 def _with_totals(parts: dict[str, int]) -> dict[str, int]:
     """Adds the total, and makes "head" all heads together (0 for none)."""
     total = sum(parts.values())
@@ -249,25 +243,14 @@ def _abstract(mesh: Mesh) -> AbstractMesh:
     return AbstractMesh(tuple(sizes), sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def _state_bytes(model: dip.DiP, config: Config, mesh: AbstractMesh, *, zero1: bool) -> dict[str, int]:
+def _planned_bytes(model: dip.DiP, config: Config, mesh: AbstractMesh, *, zero1: bool, images: int) -> dict[str, int]:
     optimizer = optim.make_optimizer(config.optim, total_steps=config.train.steps)
-    aligned = {"alignment": repa.align(config.repa, config.model)}
-    abstract = jax.eval_shape(functools.partial(state.create_state, model, optimizer, **aligned), jax.random.key(0))
+    alignment = repa.align(config.repa, config.model)
     with sharding.use_rules(config.mesh.rules):
-        placed = state.state_shardings(model, optimizer, mesh, zero1=zero1, **aligned)
-        teacher = repa.abstract_teacher(aligned["alignment"], mesh) if aligned["alignment"] else {}
-
-    def size(arrays: Any, shardings: Any) -> int:
-        return sum(jax.tree.leaves(jax.tree.map(_shard_bytes, arrays, shardings)))
-
-    params = size(abstract.params, placed.params)
-    return {
-        "params": params,
-        "optimizer": size(abstract.opt_state, placed.opt_state),
-        "ema": size(abstract.ema, placed.ema),
-        "gradients": params,
-        **({"teacher": size(teacher, jax.tree.map(lambda a: a.sharding, teacher))} if teacher else {}),
-    }
+        placed = state.state_shardings(model, optimizer, mesh, zero1=zero1, alignment=alignment)
+        teacher = repa.abstract_teacher(alignment, mesh) if alignment else {}
+    abstract = state.abstract_state(model, optimizer, placed, alignment=alignment)
+    return workload.planned_bytes(model, abstract, teacher, images=images)
 
 
 def _repa(config: Config) -> dict[str, Any] | None:
@@ -275,19 +258,12 @@ def _repa(config: Config) -> dict[str, Any] | None:
     alignment = repa.align(config.repa, config.model)
     if alignment is None:
         return None
-    image = {"image_size": config.model.image_size, "grid": alignment.projector.grid}
-    teacher = cost.teacher_flops(alignment.encoder, **image)
-    projector = 3 * cost.projector_flops(alignment.projector)
-    step = 3 * sum(cost.forward_flops(config.model).values())
-    parameters = _count(jax.eval_shape(alignment.projector.init, jax.random.key(0)))
+    added = workload.alignment_flops(alignment, config.model.image_size)
+    parameters = workload.count(jax.eval_shape(alignment.projector.init, jax.random.key(0)))
     return {
         "weight": config.repa.weight,
-        "teacher_flops": teacher,
-        "projector_flops": projector,
+        "teacher_flops": added["teacher"],
+        "projector_flops": added["projector"],
         "projector_parameters": parameters,
-        "share_of_step": (teacher + projector) / step,
+        "share_of_step": sum(added.values()) / workload.step_flops(config.model, None),
     }
-
-
-def _shard_bytes(array: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding) -> int:
-    return math.prod(place.shard_shape(array.shape)) * array.dtype.itemsize

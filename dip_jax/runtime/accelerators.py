@@ -36,3 +36,19 @@ ACCELERATORS = {
     "H100": Accelerator(flops=989e12, memory=80 * 10**9, memory_rate=3350e9, link_rate=450e9, node=8, network_rate=50e9),
     "H200": Accelerator(flops=989e12, memory=141 * 10**9, memory_rate=4800e9, link_rate=450e9, node=8, network_rate=50e9),
 }
+
+# What JAX calls a device (`device.device_kind`) -> which of the above it is. A slower module of the same name (PCIe, NVL) has
+# another kind, and no row.
+_KINDS = {
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bf16 products per second of a device; None where it is not known, such as a CPU's."""
+    return ACCELERATORS[_KINDS[device_kind]].flops if device_kind in _KINDS else None

@@ -139,48 +139,54 @@ class Writer:
                 self._events.close()
 
 
+LINE_SECONDS = 10.0  # between two progress lines where stderr is no terminal
+
+
+def progress_rhythm() -> str:
+    """How often `Progress` tells, in words: a step that has no line is not a lost one."""
+    return "a bar" if sys.stderr.isatty() else f"a line every {LINE_SECONDS:.0f} s"
+
+
 class Progress:
-    """One line with loss, gradient norm, images/s and the time left: a bar on a terminal, a line now and then elsewhere.
+    """One line with loss, gradient norm, speed and the time left: a bar on a terminal, a line now and then elsewhere.
 
     Args:
         total: steps of the whole run.
         start: steps done before.
-        batch_size: images per step.
-        every_seconds: between two lines where stderr is no terminal.
     """
 
-    def __init__(self, *, total: int, start: int, batch_size: int, every_seconds: float = 10.0):
-        self._total, self._batch_size, self._every = total, batch_size, every_seconds
+    def __init__(self, *, total: int, start: int):
+        self._total = total
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
-        self._clock, self._at, self._shown = time.monotonic(), start, -float("inf")
-        self._rate = 0.0  # steps per second
+        self._shown = -float("inf")
+        self._speed: Mapping[str, float] = {}
+
+    def note(self, speed: Mapping[str, float]) -> None:
+        """What was last measured, as `training.pace` has it: every later line tells it. Nothing changes where it is empty."""
+        self._speed = speed or self._speed
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Shows a finished step; `values` has loss and grad_norm."""
-        text = f"loss {values['loss']:.4f}  grad_norm {values['grad_norm']:.3f}  {self.images_per_second:.0f} images/s"
+        text = "  ".join([f"loss {values['loss']:.4f}", f"grad_norm {values['grad_norm']:.3f}", *self._speed_words()])
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
-        elif time.monotonic() - self._shown >= self._every or step == self._total:
+        elif time.monotonic() - self._shown >= LINE_SECONDS or step == self._total:
             self._shown = time.monotonic()
-            left = f"  {_duration((self._total - step) / self._rate)} left" if self._rate else ""
+            left = f"  {_duration((self._total - step) * self._speed['seconds_per_step'])} left" if self._speed else ""
             print(f"step {step}/{self._total}  {text}{left}", file=sys.stderr, flush=True)
 
-    def measure(self, step: int) -> float:
-        """Images per second since the last call (or the start), and notes it for the line."""
-        now = time.monotonic()
-        self._rate = (step - self._at) / max(now - self._clock, 1e-9)
-        self._clock, self._at = now, step
-        return self.images_per_second
-
-    def restart_clock(self, step: int) -> None:
-        """Leaves out of the next measurement what was not training: compiling, sampling, saving."""
-        self._clock, self._at = time.monotonic(), step
-
-    @property
-    def images_per_second(self) -> float:
-        """The last measurement; 0 before the first."""
-        return self._rate * self._batch_size
+    def _speed_words(self) -> list[str]:
+        if not self._speed:
+            return []
+        mfu = [f"MFU {self._speed['mfu']:.1%}"] if "mfu" in self._speed else []
+        rate, seconds = self._speed["images_per_second"], self._speed["seconds_per_step"]
+        return [
+            f"{rate:,.{0 if rate >= 10 else 2}f} images/s",
+            f"{seconds:.3g} s/step",
+            f"data wait {self._speed['data_wait']:.0%}",
+            *mfu,
+        ]
 
     def say(self, line: str) -> None:
         """Prints a line without tearing the bar."""

@@ -17,7 +17,7 @@ from dip_jax.errors import Exit, Interrupted
 from dip_jax.models import dip
 from dip_jax.runtime import distributed, storage, writers
 from dip_jax.runtime.watchdog import Watchdog
-from dip_jax.training import bad_numbers, optim, repa, showing, state, step
+from dip_jax.training import bad_numbers, optim, pace, repa, showing, state, step, workload
 from dip_jax.typing import Params
 
 _PATIENCE = 10.0  # the watchdog waits this many times longer for compiling, saving and sampling
@@ -39,7 +39,9 @@ class Run:
     def prepare(self, found: checkpoint.Found | None) -> None:
         """Everything up to the first step; cheap checks first."""
         config = self._config
+        distributed.say(workload.describe_place(self._mesh))
         self._open_data(found, salt=found.record.data["salt"] if found else 0)
+        distributed.say(f"data: {len(self._dataset):,} images, {config.model.num_classes} classes, {config.data.path}")
         self._model = dip.from_config(config.model)
         self._showing = showing.Show(config, self._model, self._mesh, self._dataset.classes)
         known = found.record.data.get("teacher") if found else None
@@ -60,6 +62,10 @@ class Run:
             optim=config.optim,
             frozen=places,
             **aligned,
+        )
+        planned = (config, self._model, self._optimizer, self._shardings)
+        distributed.on_main(
+            lambda: distributed.say(workload.describe_work(*planned, alignment=self._alignment, mesh=self._mesh))
         )
         replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         root = jax.jit(lambda: jax.random.fold_in(jax.random.key(config.train.seed), _NOISE), out_shardings=replicated)
@@ -111,6 +117,7 @@ class Run:
         self._watch.skipped = found.record.skipped if found else 0
         self._replaced = found.record.replaced if found else 0
         self._pending = None
+        self._pace = pace.for_run(self._config, self._mesh, self._alignment, start=self._step)
         if found:
             target = state.abstract_state(self._model, self._optimizer, self._shardings, alignment=self._alignment)
             dropped = found.record.config.repa.weight and not self._alignment
@@ -128,9 +135,7 @@ class Run:
         if distributed.is_main():
             self._close_writers()
             self._writer = writers.Writer(self._workdir, resume_step=self._step)
-            self._progress = writers.Progress(
-                total=self._config.train.steps, start=self._step, batch_size=self._config.data.batch_size
-            )
+            self._progress = writers.Progress(total=self._config.train.steps, start=self._step)
 
     def loop(self) -> None:
         """Steps until the last one, a signal, or numbers that stay bad."""
@@ -140,7 +145,8 @@ class Run:
         first = True
         while self._step < train.steps:
             self._stop_if_asked()
-            batch = next(self._batches)
+            with self._pace.waiting(self._devices_idle):
+                batch = next(self._batches)
             with jax.transfer_guard("disallow"):
                 self._state, metrics = self._train_step(self._state, batch, self._key, *self._frozen)
             self._step += 1
@@ -148,9 +154,9 @@ class Run:
             self._pending = (self._step, metrics, self._batches.replaced)
             self._watchdog.beat(patience=_PATIENCE if first else 1.0)
             self._checkpoints.check()
-            if first and self._progress:
+            if first:
                 jax.block_until_ready(metrics)
-                self._progress.restart_clock(self._step)
+                self._pace.restart(self._step)
             first = False
             if self._watch.exhausted:
                 self._roll_back()
@@ -183,6 +189,7 @@ class Run:
             return
         (number, metrics, replaced), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        updates = number - 1 - self._watch.skipped  # before this one; a skipped one moves no schedule on
         suspect = self._watch.observe(values)
         logged = number % self._config.train.log_every == 0
         counts = {"skipped": self._watch.skipped, "replaced": self._count_replaced(replaced)} if logged else {}
@@ -191,8 +198,14 @@ class Run:
         if suspect:
             self._keep_for_inspection(number, values, suspect)
         if logged:
-            self._writer.scalars(number, values | counts | {"images_per_second": self._progress.measure(number)})
+            rate = optim.learning_rate_after(updates, self._config.optim, total_steps=self._config.train.steps)
+            speed = self._pace.measure(number)
+            self._progress.note(speed)
+            self._writer.scalars(number, values | counts | {"learning_rate": rate} | speed | pace.device_memory())
         self._progress.update(number, values)
+
+    def _devices_idle(self) -> bool:
+        return self._pending is None or self._pending[1]["loss"].is_ready()
 
     def _count_replaced(self, here: int) -> int:
         """Bad records replaced over the whole run, `here` of them by this process since it started."""
@@ -268,8 +281,7 @@ class Run:
         self._watchdog.beat(patience=_PATIENCE)
         yield
         self._watchdog.beat()
-        if self._progress:
-            self._progress.restart_clock(self._step)
+        self._pace.restart(self._step)
 
     def _close_writers(self) -> None:
         for each in (self._writer, self._progress):

@@ -1,5 +1,7 @@
 """AdamW and its schedule as one optax chain; the decay of the weight average."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,6 +20,16 @@ def learning_rate(optim: Optim, *, total_steps: int) -> optax.Schedule:
         return after
     warmup = optax.linear_schedule(0.0, optim.learning_rate, optim.warmup_steps)
     return optax.join_schedules([warmup, after], [optim.warmup_steps])
+
+
+def learning_rate_after(updates: int, optim: Optim, *, total_steps: int) -> float:
+    """`learning_rate` on the host: of the update that follows so many, without asking a device that is at work."""
+    if updates < optim.warmup_steps:
+        return optim.learning_rate * updates / optim.warmup_steps
+    if optim.schedule != "cosine":
+        return optim.learning_rate
+    done = (updates - optim.warmup_steps) / max(total_steps - optim.warmup_steps, 1)
+    return optim.learning_rate * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
 def make_optimizer(optim: Optim, *, total_steps: int) -> optax.GradientTransformation:

@@ -77,15 +77,19 @@ def test_image_is_written_as_it_is(tmp_path):
 
 
 def test_progress_tells_loss_speed_and_time_left(capsys, monkeypatch):
-    clock = iter([0.0, 0.0, 0.0, 10.0, 10.0, 10.0])
-    monkeypatch.setattr(writers.time, "monotonic", lambda: next(clock))
-    progress = writers.Progress(total=3700, start=0, batch_size=32)
-    progress.update(0, {"loss": 1.5, "grad_norm": 2.0})
-    assert progress.measure(100) == pytest.approx(320)  # 100 steps of 32 in 10 s
+    monkeypatch.setattr(writers.time, "monotonic", iter([0.0, 0.0, 5.0, 10.0, 10.0]).__next__)
+    progress = writers.Progress(total=3700, start=0)
+    progress.update(1, {"loss": 1.5, "grad_norm": 2.0})
+    progress.note({"images_per_second": 1320.4, "seconds_per_step": 0.1, "data_wait": 0.25, "mfu": 0.4126})
+    progress.update(99, {"loss": 1.3, "grad_norm": 2.0})  # too soon for another line
+    progress.note({})  # nothing measured anew
     progress.update(100, {"loss": 1.25, "grad_norm": 0.5})
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "step 0/3700  loss 1.5000  grad_norm 2.000  0 images/s"
-    assert lines[1] == "step 100/3700  loss 1.2500  grad_norm 0.500  320 images/s  6m00s left"
+    assert lines == [
+        "step 1/3700  loss 1.5000  grad_norm 2.000",
+        "step 100/3700  loss 1.2500  grad_norm 0.500  1,320 images/s  0.1 s/step  data wait 25%  MFU 41.3%  6m00s left",
+    ]
+    assert writers.progress_rhythm() == "a line every 10 s"
 
 
 @pytest.mark.parametrize("seconds, text", [(5.0, "0m05s"), (3599.9, "59m59s"), (7325.0, "2h02m")])
