@@ -182,27 +182,27 @@ class Checkpoints:
             self._writer.close()
 
 
-def load(path: epath.PathLike, *, weights: str = "ema", verify: bool = True) -> tuple[Any, Params]:
+def load(path: epath.PathLike, *, weights: str = "ema", dtype: str | None = None, verify: bool = True) -> tuple[Any, Params]:
     """A trained model and its weights; needs no config, mesh or optimizer.
 
     Args:
         path: a workdir (its newest undamaged step is used), a step directory, or what `convert` wrote.
-        weights: "ema" (what samples are drawn from), "raw" (the last update), or "initial" (step 0, made anew from the
-            seed and `train.init_from`).
+        weights: "ema" (what samples are drawn from), "raw" (the last update), "initial" (step 0, by seed and `init_from`).
+        dtype: what the model computes in, "float32" or "bfloat16"; as it was trained where it is not given.
         verify: check by the SHA-256 manifest what will be read, first.
 
     Returns:
         The model, and a nested dict of float32 arrays.
 
     Raises:
-        UserError: if there is no checkpoint, it is damaged, or it lacks the weights asked for.
+        UserError: if there is no checkpoint, it is damaged, it lacks the weights asked for, or there is no such `dtype`.
     """
     orbax_logging.quieten_orbax()
     if weights not in ITEMS_UNREAD:
         raise UserError(f"weights={weights!r} is unknown: it is one of {', '.join(ITEMS_UNREAD)}")
     path = directories.find(path, verify=verify, report=distributed.say, unread=ITEMS_UNREAD[weights])
     record = read_record(path)
-    model = dip.from_config(record.config.model)
+    model = dip.from_config(dataclasses.replace(record.config.model, dtype=dtype or record.config.model.dtype))
     if weights == "initial":
         params = jax.jit(model.init)(jax.random.key(record.config.train.seed))
         origin = record.config.train.init_from

@@ -35,7 +35,6 @@ from dip_jax.metrics import features as feature_networks
 from dip_jax.metrics import inputs
 from dip_jax.metrics.image_sets import ImageSet, ReferenceFile
 from dip_jax.metrics.judge import Judge, open_judge
-from dip_jax.models import dip
 from dip_jax.reporting import console, report
 from dip_jax.runtime import command_line, distributed, storage, writers
 from dip_jax.runtime.signals import stopping_at_once
@@ -233,9 +232,8 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     distributed.agree(0)  # hosts draw together, so they start together
     drawn = {"seed": flags.seed, "options": run.sample}
     for weights in weights_of:
-        model, params = checkpoint.load(path, weights=weights, verify=False)
-        if flags.precision == "highest":
-            model = dip.from_config(dataclasses.replace(model.config, dtype="float32"))
+        dtype = "float32" if flags.precision == "highest" else None
+        model, params = checkpoint.load(path, weights=weights, dtype=dtype, verify=False)
         samples = inputs.drawn_samples(model, params, count=count, name=_ROWS[weights], **drawn)
         if bench:
             judge(weights, samples)

@@ -120,9 +120,8 @@ def _sample(flags: absl_flags.FlagValues) -> None:
     path = step_files.find(flags.workdir or flags.checkpoint, verify=True, report=distributed.say, unread=unread)
     record = checkpoint.read_record(path)
     options = _options(flags, record.config.sample)
-    model, params = checkpoint.load(path, weights=weights, verify=False)
-    if flags.precision == "highest":
-        model = dip.from_config(dataclasses.replace(model.config, dtype="float32"))
+    dtype = "float32" if flags.precision == "highest" else None
+    model, params = checkpoint.load(path, weights=weights, dtype=dtype, verify=False)
     names = class_names(record.config, model)
     labels = check_labels(interleave(_classes(flags, names), flags.num_samples), model)
     arguments = {"labels": labels, "seed": flags.seed, "options": options}

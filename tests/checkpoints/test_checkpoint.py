@@ -265,6 +265,19 @@ def test_load_needs_nothing_but_a_path(pristine, trained, copy):
     assert same(checkpoint.load(pristine, weights="initial")[1], jax.jit(MODEL.init)(jax.random.key(CONFIG.train.seed)))
 
 
+def test_load_in_another_compute_dtype(pristine, trained):
+    """The weights stay what they are; the products are those of a model built with that dtype."""
+    inputs = jnp.ones((1, *MODEL.config.image_size, 3)), jnp.full(1, 0.5), jnp.zeros(1, jnp.int32)
+    assert MODEL.config.dtype == "float32"
+    model, params = checkpoint.load(pristine, dtype="bfloat16")
+    assert model == dip.from_config(dataclasses.replace(MODEL.config, dtype="bfloat16")) and same(params, trained.ema)
+    scattered = jax.tree.map(lambda a: a + 0.1, params)  # at the start the last layer is zero in any dtype
+    assert not np.array_equal(model.apply(scattered, *inputs), MODEL.apply(scattered, *inputs))
+    assert checkpoint.load(pristine, dtype="float32")[0] == checkpoint.load(pristine)[0] == MODEL
+    with pytest.raises(UserError, match=r"model.dtype='float16' is unknown: it is one of float32, bfloat16"):
+        checkpoint.load(pristine, dtype="float16")
+
+
 def test_load_passes_over_damage_and_changes_nothing(copy, trained, capsys):
     harness.flip_bit(copy / "checkpoints" / "4" / "ema" / "manifest.ocdbt", random.Random(1))
     before = harness.files_of(copy)
