@@ -12,8 +12,9 @@ from ml_collections import config_flags
 
 from dip_jax import config
 from dip_jax.errors import UserError
+from dip_jax.runtime import membership
 
-_PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
+_PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id", "join_seconds", "heartbeat_seconds")
 
 
 def define_config(values: flags.FlagValues) -> None:
@@ -22,16 +23,22 @@ def define_config(values: flags.FlagValues) -> None:
 
 
 def define_processes(values: flags.FlagValues) -> None:
-    """Adds --coordinator_address, --num_processes and --process_id, which `parse` puts where `distributed.start` looks."""
+    """Adds the flags of runs of several processes, which `parse` puts where `distributed.start` looks."""
     flags.DEFINE_string(
         "coordinator_address",
         None,
         "HOST:PORT of process 0, for a run of several processes that neither SLURM, Open MPI nor a TPU machine describes; also "
-        "JAX_COORDINATOR_ADDRESS in the environment, as for the next two",
+        "JAX_COORDINATOR_ADDRESS in the environment, as for the next four",
         flag_values=values,
     )
     flags.DEFINE_integer("num_processes", None, "how many processes make the run", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0, flag_values=values)
+    usual = membership.Patience()
+    for name, seconds, meaning in (
+        ("join_seconds", usual.join, "how long a process waits at the start for the others"),
+        ("heartbeat_seconds", usual.heartbeat, "how long for a sign of life of another one, before it ends"),
+    ):
+        flags.DEFINE_integer(name, None, f"{meaning}; {seconds} where not given", lower_bound=1, flag_values=values)
 
 
 def read_config(values: flags.FlagValues) -> config.Config:

@@ -17,11 +17,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dip_jax.errors import Exit, Interrupted, UserError
-from dip_jax.runtime.membership import FLAGS, find_membership
+from dip_jax.runtime.membership import FLAGS, Membership, Patience, explain_loopback, find_membership, find_patience
 
 T = TypeVar("T")
-TIMEOUT_SECONDS = 60  # to find the coordinator; JAX alone waits five minutes
-HEARTBEAT_SECONDS = 30  # without a sign of life of a peer, a process ends, so that the launcher can restart all
 _COLLECTIVE_TIMEOUT = "--xla_cpu_collective_timeout_seconds"
 
 
@@ -30,8 +28,8 @@ def start(*, computes: bool = True) -> None:
 
     A job that computes nothing leaves the accelerator, which another may be using, alone: the processes talk on their CPUs.
 
-    A run that does not come together within a minute ends with one line that names the address and `Exit.CRASH`: JAX alone
-    would wait for five minutes and abort.
+    A run that does not come together in time (`membership.Patience`) ends with one line that names the address and
+    `Exit.CRASH`: JAX alone would abort.
 
     Raises:
         UserError: if the environment is incomplete, the processes cannot join, or the accelerator that JAX_PLATFORMS names
@@ -56,19 +54,17 @@ def start(*, computes: bool = True) -> None:
 
 
 def _join(*, on_tpu: bool) -> None:
-    member = find_membership(os.environ)
+    member, patience = find_membership(os.environ), find_patience(os.environ)
     if member is None and not on_tpu:
         return
     if _COLLECTIVE_TIMEOUT not in os.environ.get("XLAFLAGS", ""):  # half an hour would be too short for who waits for others
         os.environ["XLAFLAGS"] = f"{os.environ.get('XLAFLAGS', '')} {_COLLECTIVE_TIMEOUT}={30 * 24 * 3600}".strip()
-    options: dict[str, Any] = {"initialization_timeout": 2 * TIMEOUT_SECONDS, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    options: dict[str, Any] = {"initialization_timeout": 2 * patience.join, "heartbeat_timeout_seconds": patience.heartbeat}
     if member:
         options |= {"coordinator_address": member.address, "num_processes": member.count, "process_id": member.index}
         options |= {"local_device_ids": member.devices, "cluster_detection_method": "deactivate"}
-    who = f"process {member.index} of {member.count} waited {TIMEOUT_SECONDS} s" if member else f"waited {TIMEOUT_SECONDS} s"
-    where = f" at {member.address}" if member else ""
     try:
-        with _deadline(f"{who} for the others{where}: is every process started, and is that address process 0's?"):
+        with _deadline(patience.join, _nobody_came(member, patience)):
             jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
         if member is None:  # no pod: one TPU machine
@@ -80,20 +76,31 @@ def _join(*, on_tpu: bool) -> None:
     agree(0)  # on CPUs the first exchange waits for 30 s only, later ones as long as _COLLECTIVE_TIMEOUT says
 
 
+def _nobody_came(member: Membership | None, patience: Patience) -> str:
+    who, where, cause = "", "", ""
+    if member:
+        who, where = f"process {member.index} of {member.count} ", f" at {member.address}"
+        cause = explain_loopback(member)
+    return (
+        f"{who}waited {patience.join} s for the others{where}: is every process started, and is that address process 0's? "
+        f"--join_seconds={3 * patience.join} waits longer{cause}"
+    )
+
+
 def _on_tpu_machine() -> bool:
     wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0]
     return wanted == "tpu" and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
 @contextlib.contextmanager
-def _deadline(message: str) -> Iterator[None]:
-    """Ends the process with a message where the block takes longer than TIMEOUT_SECONDS; C++ code cannot be interrupted."""
+def _deadline(seconds: int, message: str) -> Iterator[None]:
+    """Ends the process with a message where the block takes longer; C++ code cannot be interrupted."""
 
     def end() -> None:
         os.write(2, f"dip_jax: {message}\n".encode())
         os._exit(Exit.CRASH)
 
-    timer = threading.Timer(TIMEOUT_SECONDS, end)
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
     try:

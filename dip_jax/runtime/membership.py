@@ -8,10 +8,14 @@ Who is who is found in this order:
 A flag sets the environment variable JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES or JAX_PROCESS_ID, for a launcher (such as
 Kubernetes) or a notebook that would rather set these.
 With none of these a process works alone.
+How patient they are with each other is told alike: --join_seconds and --heartbeat_seconds, or JAX_JOIN_SECONDS and
+JAX_HEARTBEAT_SECONDS.
 """
 
 import dataclasses
+import ipaddress
 import re
+import socket
 from collections.abc import Mapping
 
 from dip_jax.errors import UserError
@@ -28,6 +32,44 @@ class Membership:
     count: int
     index: int
     devices: tuple[int, ...] | None = None  # of this host, where several processes share it; None: all that are visible
+
+
+@dataclasses.dataclass(frozen=True)
+class Patience:
+    """How long a process waits, in seconds."""
+
+    join: int = 60  # for the others at the start; JAX alone waits five minutes
+    heartbeat: int = 30  # for a sign of life of a peer, before it ends itself so that the launcher can restart all
+
+
+def find_patience(environment: Mapping[str, str]) -> Patience:
+    """What an environment says about waiting.
+
+    Raises:
+        UserError: if it is no whole number of seconds.
+    """
+    said = {}
+    for field in dataclasses.fields(Patience):
+        text = environment.get(f"JAX_{field.name.upper()}_SECONDS") or str(field.default)
+        if not re.fullmatch("[1-9][0-9]*", text):
+            raise UserError(f"--{field.name}_seconds={text} must be a whole number of seconds, such as {field.default}")
+        said[field.name] = int(text)
+    return Patience(**said)
+
+
+def explain_loopback(member: Membership) -> str:
+    """Why a process may be unable to reach process 0: its host's name leads back to this host. Empty where it does not."""
+    host = member.address.rpartition(":")[0]
+    try:
+        found = socket.gethostbyname(host)
+    except OSError:
+        return ""
+    if member.index == 0 or host == found or not ipaddress.ip_address(found).is_loopback:
+        return ""
+    return (
+        f"; {host} is {found} here, which is this host itself: if process 0 runs on another one, mend /etc/hosts or give "
+        "its IP address in --coordinator_address"
+    )
 
 
 def find_membership(environment: Mapping[str, str]) -> Membership | None:

@@ -2,14 +2,17 @@
 
 import importlib
 import os
+import subprocess
+import sys
 
 import pytest
 from absl import flags
+from places import ROOT
 
 from dip_jax.__main__ import main
 from dip_jax.errors import Exit, UserError
-from dip_jax.runtime import command_line, distributed
-from dip_jax.runtime.membership import Membership, find_membership
+from dip_jax.runtime import command_line, distributed, membership
+from dip_jax.runtime.membership import Membership, Patience, find_membership, find_patience
 
 OWN = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM = {
@@ -49,8 +52,11 @@ def test_flags_of_every_job_go_before_the_environment(monkeypatch, capsys, comma
     job = importlib.import_module(f"dip_jax.jobs.{command}")
     job.define_flags(values)
     required = ["--source=photo_crops", "--out=x"] if command == "prepare" else []
-    argv = [*required, "--coordinator_address=head:4321", "--num_processes=3", "--process_id=0"]
+    argv = [*required, "--coordinator_address=head:4321", "--num_processes=3", "--process_id=0", "--join_seconds=150"]
+    monkeypatch.setenv("JAX_JOIN_SECONDS", "20")
+    monkeypatch.setenv("JAX_HEARTBEAT_SECONDS", "90")
     command_line.parse(values, command, argv)
+    assert find_patience(os.environ) == Patience(join=150, heartbeat=90)
     assert find_membership(os.environ) == Membership("head:4321", 3, 0, (1,))
     assert main([command, *required, "--process_id=-1"]) == Exit.USER_ERROR
     assert "process_id" in capsys.readouterr().err
@@ -99,6 +105,41 @@ def test_open_mpi():
 def test_what_makes_no_sense(changed, words):
     with pytest.raises(UserError, match=words):
         find_membership({**OWN, **changed})
+
+
+def test_patience():
+    assert find_patience({}) == find_patience({"JAX_JOIN_SECONDS": ""}) == Patience(join=60, heartbeat=30)
+    for text in ("0", "-5", "1.5", "soon"):
+        with pytest.raises(UserError, match=f"--join_seconds={text} must be a whole number of seconds, such as 60"):
+            find_patience({"JAX_JOIN_SECONDS": text})
+
+
+@pytest.mark.parametrize(
+    ("address", "index", "leads_back"),
+    [("head:1", 1, True), ("head:1", 0, False), ("other:1", 1, False), ("127.0.1.1:1", 1, False), ("unknown:1", 1, False)],
+)
+def test_a_name_that_leads_back_to_this_host_is_the_cause(monkeypatch, address, index, leads_back):
+    names = {"head": "127.0.1.1", "other": "10.0.0.7", "127.0.1.1": "127.0.1.1"}
+
+    def look_up(host):
+        if host not in names:
+            raise OSError(f"{host} is unknown")
+        return names[host]
+
+    monkeypatch.setattr(membership.socket, "gethostbyname", look_up)
+    found = membership.explain_loopback(Membership(address, 2, index))
+    assert ("head is 127.0.1.1 here, which is this host itself" in found) == bool(found) == leads_back
+
+
+def test_who_waits_in_vain_is_told_the_flag_and_the_cause(tmp_path):
+    flags = ["--coordinator_address=localhost:1", "--num_processes=2", "--process_id=1", "--join_seconds=2"]
+    argv = [sys.executable, "-m", "dip_jax", "train", f"--config={ROOT / 'configs' / 'demo.py'}", "--workdir=run", *flags]
+    done = subprocess.run(argv, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == Exit.CRASH
+    line = next(line for line in done.stderr.splitlines() if line.startswith("dip_jax: "))
+    assert line.startswith("dip_jax: process 1 of 2 waited 2 s for the others at localhost:1: is every process started")
+    assert "--join_seconds=6 waits longer; localhost is 127.0.0.1 here, which is this host itself" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_facts_are_compared_one_by_one():

@@ -12,7 +12,6 @@ from PIL import Image
 # `prepare` with SHARD images per shard, whose writers count the images they begin and stop for ever at number LAST.
 COUNTED_JOB = """
 import os, sys, time
-from dip_jax.runtime import distributed
 from dip_jax.__main__ import main
 from dip_jax.data import writing
 
@@ -28,7 +27,7 @@ def counted(*args, **kwargs):
 writing._store = counted
 writing.RECORDS_PER_SHARD = int(os.environ["SHARD"])
 writing._GRACE = 10.0
-distributed.HEARTBEAT_SECONDS = 10
+os.environ["JAX_HEARTBEAT_SECONDS"] = "10"
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
