@@ -1,6 +1,7 @@
 """AdamW and its schedule as one optax chain; the decay of the weight average."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,13 @@ def make_optimizer(optim: Optim, *, total_steps: int) -> optax.GradientTransform
             return chain.update(updates, state, params)
 
     return optax.GradientTransformation(chain.init, update)
+
+
+def renest(state: Any, *, old: Optim, new: Optim) -> Any:
+    """An optimizer state (or a tree in its shape) of `old` as `new` nests it: clipping has a place of its own in the chain."""
+    if (old.grad_clip is None) == (new.grad_clip is None):
+        return state
+    return state[1] if new.grad_clip is None else (optax.EmptyState(), state)
 
 
 def _scale_by_adam(optim: Optim) -> optax.GradientTransformation:
