@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 from faults import harness
 
 from dip_jax.checkpoints import checkpoint
@@ -107,7 +108,7 @@ def test_another_batch_size_goes_on_at_the_same_image_and_repeats_exactly(begun,
     positions.clear()
     workdir = begun(data__batch_size=16, train__steps=7)
     assert min(positions) == 4 * 8 + 2 * 16
-    assert checkpoint.read_record(workdir / "checkpoints" / "7").data["offset"] == 4 * 8 - 4 * 16
+    assert checkpoint.read_record(epath.Path(workdir / "checkpoints" / "7")).data["offset"] == 4 * 8 - 4 * 16
 
     once = tmp_path / "once"
     shutil.copytree(four_steps, once)
