@@ -35,6 +35,13 @@ def pytest_addoption(parser):
     parser.addoption("--aot", action="store_true", help="run the tests marked aot (the accelerators' own compilers)")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """With xdist's -n each file stays with one process, for its fixtures; without xdist there is nothing to say."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadfile"
+
+
 def pytest_collection_modifyitems(config, items):
     for tier in ("slow", "campaign", "aot"):
         if not config.getoption(f"--{tier}"):

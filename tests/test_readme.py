@@ -6,7 +6,6 @@ import re
 import shlex
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_data
@@ -17,7 +16,7 @@ from published import tensors, write
 
 from dip_jax import __main__, config
 from dip_jax.checkpoints import checkpoint
-from dip_jax.models import detailers, dip
+from dip_jax.models import dip
 from dip_jax.runtime import command_line
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -183,19 +182,6 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     exec(snippet, names)
     assert names["images"].shape == (2, 64, 64, 3) and names["images"].dtype == np.uint8
     assert names["dataset"][1]["label"] == 1
-
-
-def test_the_head_of_the_readme_is_one(monkeypatch):
-    (snippet,) = (text for _, text in blocks(ROOT / "README.md", "python") if "nn.Module" in text)
-    names = dict(vars(detailers))
-    exec(snippet, names)
-    monkeypatch.setitem(detailers.HEADS, "blur", names["Blur"])
-    model = dip.build("DiP-tiny/8", head="blur", image_size=16, num_classes=2, depth=1, width=16, num_heads=2, dtype="float32")
-    params = jax.jit(model.init)(jax.random.key(0))
-    drawn = jax.jit(model.apply)(params, jnp.zeros((1, 16, 16, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
-    assert drawn.shape == (1, 16, 16, 3)
-    np.testing.assert_allclose(drawn[0, :8, :8], np.broadcast_to(drawn[0, :1, :1], (8, 8, 3)), rtol=1e-6)
-    assert jax.tree.leaves(model.logical_axes())
 
 
 def test_sections_that_a_reader_looks_for():

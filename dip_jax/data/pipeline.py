@@ -36,6 +36,7 @@ class _Chunks:
     batch_size: int
     seed: int
     salt: int
+    offset: int
     start_step: int
     flip: bool
     replace: bool
@@ -51,7 +52,7 @@ class _Chunks:
         image = np.empty((self.chunk, size, size, 3), np.uint8)
         label = np.empty(self.chunk, np.int32)
         replaced = 0
-        positions = [step * self.batch_size + row for row in rows]
+        positions = [self.offset + step * self.batch_size + row for row in rows]
         records = record_at(positions, num_records=len(self.dataset), seed=self.seed, salt=self.salt)
         mirror = self._mirrored(step)
         for slot, (row, i) in enumerate(zip(rows, records, strict=True)):
@@ -85,6 +86,7 @@ def host_batches(
     rows: Sequence[int],
     seed: int,
     salt: int = 0,
+    offset: int = 0,
     start_step: int = 0,
 ) -> grain.IterDataset:
     """These rows of batch start_step, start_step + 1, ..., on the host.
@@ -99,6 +101,7 @@ def host_batches(
         batch_size=data.batch_size,
         seed=seed,
         salt=salt,
+        offset=offset,
         start_step=start_step,
         flip=data.flip,
         replace=data.on_bad_record == "replace",
@@ -128,6 +131,7 @@ def batches(
     num_classes: int,
     seed: int,
     salt: int = 0,
+    offset: int = 0,
     start_step: int = 0,
 ) -> placement.Batches:
     """Global batches start_step, start_step + 1, ... placed on `mesh`, the batch over its axes of logical axis "batch".
@@ -135,7 +139,7 @@ def batches(
     Args:
         image_size: what the model takes; must be the dataset's.
         num_classes: what the model takes; must be the dataset's.
-        seed, salt: the order (see the top of the file); salt grows by one when a rollback must see other data.
+        seed, salt, offset: see the top of `data/order.py`; salt grows by one when a rollback must see other data.
 
     Raises:
         UserError: if dataset, model, batch size and mesh do not fit together.
@@ -160,5 +164,5 @@ def batches(
             f"use a multiple of {parts}"
         )
     rows = placement.local_rows(layout, data.batch_size)
-    host = host_batches(dataset, data, rows=rows, seed=seed, salt=salt, start_step=start_step)
+    host = host_batches(dataset, data, rows=rows, seed=seed, salt=salt, offset=offset, start_step=start_step)
     return placement.Batches(host, layout=layout, batch_size=data.batch_size, prefetch=data.prefetch)

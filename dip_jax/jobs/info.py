@@ -20,6 +20,7 @@ Examples:
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,8 @@ from dip_jax.models import cost, dip
 from dip_jax.planning import ahead, machine, plan, prediction, topologies
 from dip_jax.runtime import accelerators, command_line, sharding
 from dip_jax.training import optim, repa, state, workload
+
+_LEAST = 5  # ms: what takes the time of a shorter step is neither products nor links
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -59,6 +62,7 @@ def run(flags: absl_flags.FlagValues) -> None:
         raise UserError(f"--job={flags.job} needs --topology: without it, only the training step is planned")
     facts = describe(config, mesh=mesh)
     if flags.mesh:
+        print(f"compiling the training step for --mesh={flags.mesh}: seconds to minutes", file=sys.stderr, flush=True)
         facts["compiled"] = describe_compiled(config, mesh=mesh, memory=facts["bytes_per_device"])
     if flags.json:
         print(json.dumps(facts, indent=2))
@@ -181,8 +185,10 @@ def read_mesh(text: str) -> Mesh:
     sizes = dict.fromkeys(sharding.AXES, 1)
     for item in text.split(","):
         axis, _, size = item.partition(":")
-        if axis not in sizes or not size.isdigit():
-            raise UserError(f"--mesh={text}: {item!r} is not AXIS:SIZE with AXIS one of {', '.join(sharding.AXES)}")
+        if axis not in sizes or not size.isdecimal() or not int(size):
+            raise UserError(
+                f"--mesh={text}: {item!r} is not AXIS:SIZE with AXIS one of {', '.join(sharding.AXES)}, SIZE from 1"
+            )
         sizes[axis] = int(size)
     return Mesh(**sizes)
 
@@ -221,11 +227,12 @@ def _compiled_tables(compiled: dict[str, Any]) -> list[str]:
     title = f"predicted at {prediction.EFFICIENCY:.0%} of the peak FLOPs, {prediction.LINK_EFFICIENCY:.0%} of the links:"
     lines += ["", title, f"{'device':<8}{'fits':>6}{'ms per step':>16}{'images/s':>18}{'communication':>15}"]
     for name, guess in compiled["predictions"].items():
-        low, high = (1e3 * second for second in guess["seconds"])
-        fast, slow = guess["images_per_second"]
+        (low, high), (fast, slow) = (1e3 * second for second in guess["seconds"]), guess["images_per_second"]
         fits, share = "yes" if guess["fits"] else "no", guess["communication_share"]
-        lines.append(f"{name:<8}{fits:>6}{f'{low:.0f}-{high:.0f}':>16}{f'{slow:,.0f}-{fast:,.0f}':>18}{share:>15.1%}")
-    return lines
+        time, rate = (f"{low:.0f}-{high:.0f}", f"{slow:,.0f}-{fast:,.0f}") if low >= _LEAST else (f"under {_LEAST}", "-")
+        lines.append(f"{name:<8}{fits:>6}{time:>16}{rate:>18}{share:>15.1%}")
+    note = f"under {_LEAST} ms a step waits for kernels to start and for images: not predicted"
+    return lines + [note] * any("under" in line for line in lines[-len(compiled["predictions"]) :])
 
 
 def _with_totals(parts: dict[str, int]) -> dict[str, int]:

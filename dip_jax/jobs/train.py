@@ -10,13 +10,14 @@ devices. Options that decide what is learnt may not change within a workdir; --a
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Collection
 
 import jax
 from absl import flags as absl_flags
 from etils import epath
 
-from dip_jax.checkpoints import checkpoint
+from dip_jax.checkpoints import checkpoint, directories
 from dip_jax.config import Config, to_dict
 from dip_jax.data import prepared, workers
 from dip_jax.errors import UserError
@@ -106,6 +107,7 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         lock = Lock(workdir)
         distributed.on_main(lambda: (storage.require_writable(workdir), lock.acquire()))
         stack.callback(lock.release)
+        stack.callback(_leave_no_trace, workdir)
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
         stack.callback(checkpoints.close)
         job = loop.Run(config, workdir, mesh, dataset, signals, checkpoints)
@@ -118,3 +120,13 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         stack.callback(job.close)
         job.prepare(found)
         job.loop()
+
+
+def _leave_no_trace(workdir: epath.Path) -> None:
+    """Takes away what a start that came to nothing left: an empty `checkpoints/`, the lock (held still), the empty workdir."""
+    if not distributed.is_main() or not storage.is_local(workdir) or (workdir / "config.json").exists():
+        return
+    with contextlib.suppress(OSError):  # not empty: something is in there that is not ours to judge
+        os.rmdir(workdir / directories.ROOT)  # epath's would look first and then delete whatever is there
+        os.unlink(workdir / "lock")
+        os.rmdir(workdir)

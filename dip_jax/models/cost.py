@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dip_jax import config
+from dip_jax.errors import UserError
 from dip_jax.models import dinov2, folding
 from dip_jax.models.alignment import Projector
 from dip_jax.models.detailers import CONTEXT, unet_depth
@@ -21,7 +22,15 @@ _MANY = 1024  # images with which every kernel of the U-Net is composed
 
 
 def forward_flops(model: config.Model) -> dict[str, int]:
-    """FLOPs of one forward pass of one image, by part of the network; 0 for a part that it does not have."""
+    """FLOPs of one forward pass of one image, by part of the network; 0 for a part that it does not have.
+
+    Raises:
+        UserError: for a head that nobody has counted.
+    """
+    if model.head not in HEAD_PRODUCTS:
+        raise UserError(
+            f"model.head={model.head!r} has no cost: add its multiply-adds to HEAD_PRODUCTS of dip_jax/models/cost.py"
+        )
     d, p = model.width, model.patch_size
     n = model.image_size[0] * model.image_size[1] // p**2
     inner = int(2 * int(4 * d) / 3)

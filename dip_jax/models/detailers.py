@@ -2,6 +2,9 @@
 
 p [P, P, 3] are the noisy pixels, s [D] is the backbone's feature of the patch, t_emb [D] the time embedding (shared by all
 patches, float32). `models/placement.py` maps a head over the patches. A new head is a class here and a row in `HEADS`.
+
+A head may claim more than the contracts that hold for all: `starts_at_zero` (whether its first output is zero), and, as the
+others must read p, that it does not (`reads_pixels = False`).
 """
 
 import flax.linen as nn
@@ -49,6 +52,7 @@ class UNet(nn.Module):
     """
 
     config: config.Model
+    starts_at_zero = False
 
     @nn.compact
     def __call__(self, p: jax.Array, s: jax.Array, t_emb: jax.Array) -> jax.Array:
@@ -95,6 +99,7 @@ class MLP(nn.Module):
     """The standard MLP: [s; flatten(p)] -> `head_depth` (1) hidden layers of `head_width` (D + 3 P^2) with SiLU -> pixels."""
 
     config: config.Model
+    starts_at_zero = True
 
     @nn.compact
     def __call__(self, p: jax.Array, s: jax.Array, t_emb: jax.Array) -> jax.Array:
@@ -147,6 +152,7 @@ class CoordinateMLP(nn.Module):
     """The coordinate MLP = PixNerd's decoder: `head_depth` (4) residual blocks of `head_width` (64) on [rgb, DCT basis]."""
 
     config: config.Model
+    starts_at_zero = True
 
     @nn.compact
     def __call__(self, p: jax.Array, s: jax.Array, t_emb: jax.Array) -> jax.Array:
@@ -208,6 +214,7 @@ class IntraPatchAttention(nn.Module):
     """
 
     config: config.Model
+    starts_at_zero = True
 
     @nn.compact
     def __call__(self, p: jax.Array, s: jax.Array, t_emb: jax.Array) -> jax.Array:

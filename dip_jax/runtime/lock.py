@@ -51,6 +51,11 @@ class Lock:
             text = os.read(descriptor, 4096).decode(errors="replace")
             os.close(descriptor)
             raise UserError(f"{self._path.parent} is in use by {_describe(text)}: stop it or choose another workdir") from error
+        if not os.fstat(descriptor).st_nlink:  # a failed start took the file away meanwhile
+            os.close(descriptor)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self.acquire()
+            return
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, holder.encode(), 0)
         _held.add(name)

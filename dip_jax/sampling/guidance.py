@@ -15,11 +15,16 @@ import numpy as np
 from dip_jax import config
 from dip_jax.typing import Ahead, Labels, Predict
 
+_SAME = 1e-12  # float64 times as near as this are one: the grid's own rounding stays under 1e-15
+
 
 def is_guided(times: np.ndarray, sample: config.Sample) -> np.ndarray:
-    """Whether the network runs both halves at each of the float32 times: inside the interval, unless w = 1."""
-    low, high = np.float32(sample.interval)
-    return (low < times) & (times < high) & (sample.guidance != 1.0)
+    """Whether the network runs both halves at each of the float64 times: inside the interval, unless w = 1.
+
+    A time of the grid that is an end of the interval is outside, whichever way the two were rounded.
+    """
+    low, high = sample.interval
+    return (times - low > _SAME) & (high - times > _SAME) & (sample.guidance != 1.0)
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,9 @@ def plan(sample: config.Sample) -> Evaluations:
         count = len(h) if sample.solver == "heun" else 1
         pairs = np.stack([table[:count], correctors[:count]], axis=1).reshape(-1, table.shape[1])
         table = np.concatenate([pairs, table[count:]])
+    guided = is_guided(table[:, 0], sample)
     time, starts, new, old, pull, noise = table.astype(np.float32).T
-    return Evaluations(time=time, guided=is_guided(time, sample), starts=starts > 0, new=new, old=old, pull=pull, noise=noise)
+    return Evaluations(time=time, guided=guided, starts=starts > 0, new=new, old=old, pull=pull, noise=noise)
 
 
 def nfe(sample: config.Sample) -> tuple[int, int]:

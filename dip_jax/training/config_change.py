@@ -2,8 +2,11 @@
 
 from collections.abc import Collection
 
+import jax
+
 from dip_jax.config import Config, difference
 from dip_jax.errors import UserError
+from dip_jax.models import dip
 
 # Whole sections or single keys; nothing here decides what is learnt.
 FREE = {
@@ -27,6 +30,7 @@ FREE = {
     "train.on_bad_steps",
     "train.watchdog_seconds",
 }
+FIXED = {"train.seed", "model.image_size"}
 
 
 def check(old: Config, new: Config, *, allowed: Collection[str]) -> None:
@@ -38,7 +42,7 @@ def check(old: Config, new: Config, *, allowed: Collection[str]) -> None:
         allowed: keys that may differ all the same. `train.steps` may where the learning rate does not depend on it.
 
     Raises:
-        UserError: listing every other difference.
+        UserError: listing every other difference, or those that cannot be allowed.
     """
     free = {*FREE, *allowed, *(["train.steps"] if new.optim.schedule == "constant" else [])}
     lines = [line for line in difference(old, new) if not {line.split(":")[0], line.split(".")[0]} & free]
@@ -49,7 +53,22 @@ def check(old: Config, new: Config, *, allowed: Collection[str]) -> None:
         )
     if lines:
         keys = ",".join(line.split(":")[0] for line in lines)
+        way_out = "" if _find_fixed(old, new) else f", or go on with the change by --allow_change={keys}"
+        raise UserError(f"the workdir belongs to another config ({'; '.join(lines)}): choose another --workdir{way_out}")
+    if fixed := _find_fixed(old, new):
         raise UserError(
-            f"the workdir belongs to another config ({'; '.join(lines)}): choose another --workdir, "
-            f"or go on with the change by --allow_change={keys}"
+            f"--allow_change does not help with {'; '.join(fixed)}: the weights or the data of the checkpoint would not fit; "
+            "choose another --workdir"
         )
+
+
+def _find_fixed(old: Config, new: Config) -> list[str]:
+    """The differences with which no run can go on: the seed of the data's order, the images' size, the weights' shapes."""
+    lines = difference(old, new)
+    fixed = [line for line in lines if line.split(":")[0] in FIXED]
+    model = [line for line in lines if line.startswith("model.") and line not in fixed and line.split(":")[0] not in FREE]
+    if model and not fixed:
+        before, now = (jax.eval_shape(dip.from_config(each.model).init, jax.random.key(0)) for each in (old, new))
+        same = jax.tree.structure(before) == jax.tree.structure(now) and jax.tree.leaves(before) == jax.tree.leaves(now)
+        fixed = [] if same else model
+    return fixed

@@ -85,7 +85,9 @@ class Run:
 
     def _open_data(self, found: checkpoint.Found | None, *, salt: int) -> None:
         config = self._config
-        self._identity = order.identity(self._dataset, seed=config.train.seed, batch_size=config.data.batch_size, salt=salt)
+        size = config.data.batch_size
+        offset = order.find_offset(found.record.data, step=found.step, batch_size=size) if found else 0
+        self._identity = order.identity(self._dataset, seed=config.train.seed, batch_size=size, salt=salt, offset=offset)
         if found:
             order.check_identity({**found.record.data, "salt": salt}, self._identity)
         if self._batches is not None:
@@ -98,6 +100,7 @@ class Run:
             num_classes=config.model.num_classes,
             seed=config.train.seed,
             salt=salt,
+            offset=offset,
             start_step=found.step if found else 0,
         )
 
@@ -120,8 +123,11 @@ class Run:
         self._pace = pace.for_run(self._config, self._mesh, self._alignment, start=self._step)
         if found:
             target = state.abstract_state(self._model, self._optimizer, self._shardings, alignment=self._alignment)
+            was, now = found.record.config.optim, self._config.optim
+            target = target.replace(opt_state=optim.renest(target.opt_state, old=now, new=was))
             dropped = found.record.config.repa.weight and not self._alignment
-            self._state = self._checkpoints.restore(found, target, partial=bool(dropped))
+            restored = self._checkpoints.restore(found, target, partial=bool(dropped))
+            self._state = restored.replace(opt_state=optim.renest(restored.opt_state, old=was, new=now))
             distributed.say(f"going on from step {found.step} of {self._workdir}")
         else:
             self._state = state.init_sharded(
@@ -212,7 +218,7 @@ class Run:
         return self._replaced + (distributed.total(here) if self._config.data.on_bad_record == "replace" else 0)
 
     def _keep_for_inspection(self, number: int, values: dict[str, float], reason: str) -> None:
-        drawn_by = {key: self._identity[key] for key in ("batch_size", "seed", "salt")}
+        drawn_by = {key: self._identity[key] for key in ("batch_size", "seed", "salt", "offset")}
         records = order.batch_indices(len(self._dataset), **drawn_by, step=number - 1).tolist()
         path = bad_numbers.keep_for_inspection(
             self._workdir, number, reason=reason, metrics=values, order=drawn_by, records=records

@@ -18,11 +18,12 @@ def dataset(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("order") / "data", COUNT)
 
 
-def read(dataset, *, steps, batch_size, seed=0, salt=0, start_step=0, rows=None, **data):
+def read(dataset, *, steps, batch_size, seed=0, start_step=0, rows=None, salt=0, offset=0, **data):
     """Numbers of the images in these rows of the batches from start_step on: [steps, rows]."""
     section = config.Data(batch_size=batch_size, num_threads=data.pop("num_threads", 2), **data)
     rows = range(batch_size) if rows is None else rows
-    stream = iter(pipeline.host_batches(dataset, section, rows=rows, seed=seed, salt=salt, start_step=start_step))
+    order_of = {"seed": seed, "salt": salt, "offset": offset}
+    stream = iter(pipeline.host_batches(dataset, section, rows=rows, start_step=start_step, **order_of))
     numbers = []
     try:
         for _ in range(steps):
@@ -151,10 +152,30 @@ def test_another_identity_is_refused_with_both_values(dataset, tmp_path):
     other = write_dataset(tmp_path / "other", COUNT, per_shard=8)
     changes = {
         "seed": order.identity(dataset, seed=2, batch_size=32),
-        "batch_size": order.identity(dataset, seed=1, batch_size=64),
         "fingerprint": order.identity(other, seed=1, batch_size=32),
         "salt": order.identity(dataset, seed=1, batch_size=32, salt=1),
     }
     for key, now in changes.items():
         with pytest.raises(UserError, match=f"{key}={saved[key]} .*{key}={now[key]}"):
             order.check_identity(saved, now)
+
+
+@settings(deadline=None, max_examples=20)
+@given(changes=st.lists(st.tuples(sizes, st.integers(0, 4)), min_size=1, max_size=4), seed=seeds)
+def test_another_batch_size_goes_on_at_the_same_image(dataset, changes, seed):
+    """Any sequence of batch sizes reads the one stream, image by image, and any later restart with the last size too."""
+    found, saved, step = [], None, 0
+    for batch_size, steps in changes:
+        offset = order.find_offset(saved, step=step, batch_size=batch_size) if saved else 0
+        found += read(dataset, steps=steps, batch_size=batch_size, seed=seed, start_step=step, offset=offset).ravel().tolist()
+        step += steps
+        saved = order.identity(dataset, seed=seed, batch_size=batch_size, offset=offset)
+        assert order.find_offset(saved, step=step, batch_size=batch_size) == offset
+    assert found == order.record_at(range(len(found)), num_records=COUNT, seed=seed)
+    expected = order.batch_indices(COUNT, batch_size=batch_size, seed=seed, offset=offset, step=step)
+    assert expected.tolist() == order.record_at(range(len(found), len(found) + batch_size), num_records=COUNT, seed=seed)
+
+
+def test_a_checkpoint_that_knows_no_offset_began_at_zero():
+    assert order.find_offset({"batch_size": 8}, step=5, batch_size=8) == 0
+    assert order.find_offset({"batch_size": 8}, step=5, batch_size=16) == -40

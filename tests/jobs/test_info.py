@@ -133,7 +133,7 @@ def test_a_mesh_that_does_not_fit_is_refused():
     base = load("dip")
     with pytest.raises(UserError, match=r"data.batch_size=256 is not divisible by the 7 parts"):
         info.describe(base, mesh=config.Mesh(data=7))
-    for text in ("data", "data:x", "rows:2"):
+    for text in ("data", "data:x", "rows:2", "data:0", "data:8,fsdp:0", "data:-1", "data:²"):
         with pytest.raises(UserError, match="is not AXIS:SIZE"):
             info.read_mesh(text)
     assert info.read_mesh("data:8,fsdp:4") == config.Mesh(data=8, fsdp=4)

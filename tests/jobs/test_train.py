@@ -105,6 +105,15 @@ def test_a_workdir_refuses_what_does_not_belong_to_it(finished, dataset, changes
 def test_a_new_run_refuses_what_does_not_fit_together(tmp_path, dataset, changes, message, no_compilation):
     with pytest.raises(UserError, match=message):
         train.train(harness.tiny_config(dataset, **changes), workdir=tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_failed_start_takes_away_its_own_files_alone(tmp_path, dataset, no_compilation):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="num_classes=4"):
+        train.train(harness.tiny_config(dataset, model__num_classes=4), workdir=tmp_path / "w")
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["notes.txt"]
 
 
 def test_other_data_under_the_same_path_is_refused(finished, tmp_path, no_compilation):

@@ -97,14 +97,21 @@ def test_the_command_prints_a_plan(tmp_path, capsys):
         "    c.model.update(head='none', dtype='float32')\n    c.data.batch_size = 8\n    return c\n"
     )
     assert __main__.main(["info", f"--config={file}", "--mesh=data:2,fsdp:2", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert said.err.startswith("compiling the training step for --mesh=data:2,fsdp:2: seconds to minutes\n")
+    facts = json.loads(said.out)
     compiled = facts["compiled"]
     assert compiled["bytes_per_device"]["total"] == sum(list(compiled["bytes_per_device"].values())[:2])
     assert set(compiled["predictions"]) == {"v5p", "v6e", "H100", "H200"}
     assert all(one["seconds"][0] <= one["seconds"][1] and one["fits"] for one in compiled["predictions"].values())
     assert {row["kind"] for row in compiled["collectives"]} <= set(hlo.COLLECTIVES)
     assert any(row["axes"] == "fsdp" and row["kind"] == "all-gather" for row in compiled["collectives"])
-    assert "communication" in plan_table(facts)
+    table = plan_table(facts)
+    assert "communication" in table and table.count("under 5 ") == len(compiled["predictions"]) + 1
+    assert "0-0" not in table and "not predicted" in table.splitlines()[-1]
+    for one in compiled["predictions"].values():
+        one["seconds"], one["images_per_second"] = (0.2, 0.3), (40.0, 27.0)
+    assert "200-300" in plan_table(facts) and "under" not in plan_table(facts)
 
 
 def plan_table(facts: dict) -> str:

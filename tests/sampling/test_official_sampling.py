@@ -51,6 +51,16 @@ def test_euler_is_theirs(name, ours):
     np.testing.assert_allclose(ours(name), theirs(name), rtol=0, atol=1e-6)
 
 
+def test_euler_at_an_end_that_their_grid_rounds_across(ours):
+    """Ten steps shifted by 3: the last starts at 0.75; their float32 grid has 0.74999994 and guides it, ours does not."""
+    name = "rounded end, euler"
+    ways, guidance = (ours(name), theirs(name)), case.CASES[name]["guidance"]
+    np.testing.assert_allclose(ways[0][:-1], ways[1][:-1], rtol=0, atol=1e-6)
+    without, with_it = (at(ways[1][-2], 0.75, guidance=scale) for scale in (1.0, guidance))
+    np.testing.assert_allclose(ways[0][-1] - ways[1][-1], 0.25 * (without - with_it), rtol=0, atol=2e-6)
+    assert np.abs(with_it - without).max() > 0.05
+
+
 def test_heun_is_theirs_until_its_last_step(ours):
     """They end with Euler; we evaluate the network at t = 1 too and correct the last step as the others."""
     ways, h = (ours("heun, no guidance"), theirs("heun, no guidance")), 1 / 8

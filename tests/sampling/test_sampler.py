@@ -1,7 +1,9 @@
 """Solvers on velocities with known answers; guidance; determinism."""
 
+import dataclasses
 import functools
 import itertools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +162,7 @@ def computing_and_discarding(predict, labels, sample):
     """Euler with both halves always computed and the guidance scale 1 outside the interval."""
     x = start(len(labels))
     grid = sampler.time_grid(sample).astype(np.float32)
-    low, high = np.float32(sample.interval)
+    low, high = np.float32(sample.interval)  # no end of these intervals is rounded to the other side of a time of the grid
     for t, then in itertools.pairwise(grid):
         times = jnp.full(len(labels), t)
         both = [np.asarray(predict(x, times, y)) for y in (jnp.full_like(labels, 9), labels)]
@@ -211,8 +213,31 @@ def test_interval_is_strict_and_excludes_data():
     assert not heun.guided[heun.time == 1].any() and heun.guided.sum() == 2 * 89
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(
-    ("solver", "expected"), [("euler", (100, 89)), ("heun", (200, 178)), ("ab2", (101, 89)), ("sde", (100, 89))]
+    ("steps", "t_shift", "interval", "ends"),
+    [
+        (10, 3.0, (0.25, 0.75), (5, 9)),
+        (9, 0.5, (0.2, 0.8), (1, 6)),
+        (18, 0.5, (0.2, 0.8), (2, 12)),
+        (27, 0.5, (0.2, 0.8), (3, 18)),
+        (10, 1.0, (0.3, 0.7), (3, 7)),
+    ],
+)
+def test_a_time_of_the_grid_at_an_end_of_the_interval_is_outside(solver, steps, t_shift, interval, ends):
+    """The grid's times are fractions; rounding either way, in float32 or in float64, moves none across an end."""
+    sample = config.Sample(steps=steps, t_shift=t_shift, interval=interval, solver=solver, guidance=2.0)
+    exact = [Fraction(k) / (k + (steps - k) * Fraction(t_shift)) for k in range(steps)]
+    assert [exact[k] for k in ends] == [Fraction(str(end)) for end in interval]
+    table = sampler.plan(sample)
+    assert table.guided[table.starts].tolist() == [ends[0] < k < ends[1] for k in range(steps)]
+    wider = dataclasses.replace(sample, interval=(interval[0] - 1e-9, interval[1] + 1e-9))  # one and the same in float32
+    table = sampler.plan(wider)
+    assert table.guided[table.starts].tolist() == [ends[0] <= k <= ends[1] for k in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("solver", "expected"), [("euler", (100, 85)), ("heun", (200, 170)), ("ab2", (101, 85)), ("sde", (100, 85))]
 )
 def test_network_evaluations(solver, expected):
     assert sampler.nfe(config.Sample(solver=solver, interval=(0.1, 1.0))) == expected

@@ -17,6 +17,7 @@ CASES = {
     "euler": {"solver": "euler", **_GUIDED},
     "euler, ends of the interval on the grid": {"solver": "euler", **_GUIDED, "interval": (0.125, 0.75)},
     "euler, shifted": {"solver": "euler", **_GUIDED, "t_shift": 3.0},
+    "rounded end, euler": {"solver": "euler", "steps": 10, "guidance": 2.9, "interval": (0.25, 0.75), "t_shift": 3.0},
     "heun": {"solver": "heun", **_GUIDED},
     "heun, no guidance": {"solver": "heun", **_GUIDED, "guidance": 1.0},
 }
