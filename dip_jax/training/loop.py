@@ -6,7 +6,6 @@ Saving, sampling and evaluating every so many steps; stopping when a signal asks
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
@@ -52,7 +51,7 @@ class Run:
         self._watchdog.beat(patience=_PATIENCE)
         aligned = {"alignment": self._alignment}
         self._shardings = state.state_shardings(self._model, self._optimizer, self._mesh, zero1=config.mesh.zero1, **aligned)
-        places = self._place_teacher()
+        self._frozen, places = repa.place_teacher(self._teacher, self._mesh)
         self._train_step = step.compile_train_step(
             self._model,
             self._optimizer,
@@ -73,15 +72,6 @@ class Run:
         if distributed.is_main():
             storage.write_text(self._workdir / "config.json", json.dumps(to_dict(config), indent=1))
         self._start_from(found)
-
-    def _place_teacher(self) -> Any:
-        """Puts the teacher on the devices, as the step's last argument where there is one, and returns its shardings."""
-        self._frozen: tuple[Params, ...] = ()
-        if self._teacher is None:
-            return None
-        places = jax.tree.map(lambda a: a.sharding, repa.abstract_teacher(self._alignment, self._mesh))
-        self._frozen = (jax.device_put(self._teacher.params, places),)
-        return places
 
     def _open_data(self, found: checkpoint.Found | None, *, salt: int) -> None:
         config = self._config

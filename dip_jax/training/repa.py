@@ -116,3 +116,11 @@ def abstract_teacher(alignment: Alignment, mesh: jax.sharding.Mesh | jax.shardin
     params = dinov2.from_torch(tensors)[1]
     places = sharding.shardings(mesh, dinov2.logical_axes(), params)
     return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), params, places)
+
+
+def place_teacher(teacher: Teacher | None, mesh: jax.sharding.Mesh) -> tuple[tuple[Params, ...], Any]:
+    """The teacher's parameters on the devices, as the step's last argument (none without a teacher), and their shardings."""
+    if teacher is None:
+        return (), None
+    places = jax.tree.map(lambda a: a.sharding, abstract_teacher(teacher.alignment, mesh))
+    return (jax.device_put(teacher.params, places),), places

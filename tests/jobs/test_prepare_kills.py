@@ -75,7 +75,7 @@ def test_ten_kills_cost_nothing_but_time(tmp_path):
 
 def test_a_second_prepare_refuses(tmp_path):
     root = make_folder(tmp_path / "images", per_class=10)
-    first = start_counted(tmp_path, "out", journal=tmp_path / "journal", last=5)  # which goes no further
+    first = start_counted(root, tmp_path / "out", journal=tmp_path / "journal", last=5)  # which goes no further
     while (tmp_path / "journal").stat().st_size < 5:
         assert first.poll() is None, first.stderr.read().decode()
         time.sleep(0.02)

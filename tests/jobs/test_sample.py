@@ -173,7 +173,7 @@ def test_the_console_says_the_protocol_in_short_lines(workdir, tmp_path, capfd):
         "drawing   4 images of 16x16",
         "weights   ema, step 7, float32",
         "solver    euler, 3 steps, 3 + 0 network evaluations each",
-        "guidance  1, where 0.1 < t < 1",
+        "guidance  1, where 0.11 < t < 0.97",
         "seed      0",
     ]
 
