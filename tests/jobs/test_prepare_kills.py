@@ -74,16 +74,18 @@ def test_ten_kills_cost_nothing_but_time(tmp_path):
 
 
 def test_a_second_prepare_refuses(tmp_path):
-    root = make_folder(tmp_path / "images", per_class=10)
-    first = start_counted(root, tmp_path / "out", journal=tmp_path / "journal", last=5)  # which goes no further
-    while (tmp_path / "journal").stat().st_size < 5:
-        assert first.poll() is None, first.stderr.read().decode()
-        time.sleep(0.02)
+    root = make_folder(tmp_path / "images", per_class=100, size=(300, 200))
+    first = subprocess.Popen(command(root, tmp_path / "out"), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    lock = tmp_path / "out.partial" / "lock"
+    while not lock.exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # it holds the lock and goes no further, however busy the machine is
     with pytest.raises(UserError, match="being written by another prepare"):
         prepare("folder", root=str(root), image_size=48, out=tmp_path / "out")
     first.send_signal(signal.SIGINT)
-    with first.stderr:
-        assert first.wait(60) == Exit.INTERRUPTED
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(60) == Exit.INTERRUPTED
     assert not (tmp_path / "out").exists()
 
 
