@@ -1,6 +1,8 @@
 """Lock, signals, watchdog, disk space: each in a process of its own where the process is what is at stake."""
 
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +67,22 @@ def test_lock_is_not_kept_alive_by_children_of_a_dead_holder(tmp_path, child):
     holder.kill()
     holder.wait()
     Lock(epath.Path(tmp_path)).acquire()
+
+
+def test_a_lock_whose_file_a_failed_start_takes_away_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    path, real = tmp_path / "run" / "lock", fcntl.lockf
+
+    def lockf(descriptor, operation):
+        real(descriptor, operation)
+        monkeypatch.setattr(fcntl, "lockf", real)
+        shutil.rmtree(path.parent)
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    path.parent.mkdir()
+    lock = Lock(epath.Path(path.parent))
+    lock.acquire()
+    assert str(os.getpid()) in path.read_text()
+    lock.release()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import re
 
 from places import ROOT
 
-from dip_jax.models import cost, detailers
+from dip_jax.models import cost, detailers, placement
 
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
@@ -24,5 +24,12 @@ def add_head(*, costed: bool = True) -> None:
         exec(line, dict(vars(cost)))
 
 
+def doubled(model, p, tokens, t_emb, c, tap) -> tuple:
+    """A placement: the head after the last block, its patches twice as bright."""
+    patches, tokens = placement.post_hoc(model, p, tokens, t_emb, c, tap)
+    return 2 * patches, tokens
+
+
 def pytest_configure() -> None:
     add_head()
+    placement.PLACEMENTS["doubled"] = doubled
