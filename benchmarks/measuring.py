@@ -169,7 +169,7 @@ def make_model(size: str, image_size: int, settings: Mapping[str, str], **fields
 
 
 def make_drawing_weights(model: dip.DiP) -> Any:
-    """Weights that draw something: those of `model.init` say zero, because the head's last layer starts there."""
+    """Weights that draw something: those of `model.init` say zero where the last layer starts there."""
 
     def make(key):
         return jax.tree.map(lambda p: p + 0.02 * jax.random.normal(key, p.shape), model.init(key))

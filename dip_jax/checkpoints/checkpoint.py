@@ -44,7 +44,7 @@ class Record:
     """The `config` item: everything about a run that is not an array."""
 
     config: Config
-    data: dict[str, Any]  # what the order of the data depends on: `data.pipeline.identity`; empty for converted weights
+    data: dict[str, Any]  # `data.order.identity`, and the teacher; empty for converted weights
     skipped: int = 0  # updates not applied because of a non-finite number, so far
     replaced: int = 0  # bad records replaced by a neighbour, so far
 

@@ -11,7 +11,7 @@ def describe(stored: Any, wanted: Any, *, partial: bool) -> str | None:
 
     Args:
         stored, wanted: nested containers of anything with a shape and a dtype.
-        partial: leaves that only `stored` has are no misfit.
+        partial: leaves that only `stored` has are no mismatch.
     """
     old, new = _leaves(stored), _leaves(wanted)
     lines = [

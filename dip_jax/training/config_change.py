@@ -65,7 +65,8 @@ def check(old: Config, new: Config, *, allowed: Collection[str]) -> None:
 def _find_fixed(old: Config, new: Config) -> list[str]:
     """The differences with which no run can go on: the seed of the data's order, the images' size, the weights' shapes."""
     lines = difference(old, new)
-    fixed = [line for line in lines if line.split(":")[0] in FIXED]
+    trained = {"repa.projector"} if old.repa.weight and new.repa.weight else set()  # its weights are in the checkpoint
+    fixed = [line for line in lines if line.split(":")[0] in FIXED | trained]
     model = [line for line in lines if line.startswith("model.") and line not in fixed and line.split(":")[0] not in FREE]
     if model and not fixed:
         before, now = (jax.eval_shape(dip.from_config(each.model).init, jax.random.key(0)) for each in (old, new))

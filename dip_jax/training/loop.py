@@ -44,14 +44,16 @@ class Run:
         self._model = dip.from_config(config.model)
         self._showing = showing.Show(config, self._model, self._mesh, self._dataset.classes)
         known = found.record.data.get("teacher") if found else None
-        self._teacher = distributed.on_all(lambda: repa.open_teacher(config.repa, config.model, known=known))
-        self._alignment = self._teacher.alignment if self._teacher else None
+        teacher = distributed.on_all(lambda: repa.open_teacher(config.repa, config.model, known=known))
+        self._alignment = teacher.alignment if teacher else None
+        self._digest = teacher.digest if teacher else None
+        distributed.require_same({"repa.encoder SHA-256": self._digest})
         self._optimizer = optim.make_optimizer(config.optim, total_steps=config.train.steps)
         self._backbone = None if found else self._read_backbone()
         self._watchdog.beat(patience=_PATIENCE)
         aligned = {"alignment": self._alignment}
         self._shardings = state.state_shardings(self._model, self._optimizer, self._mesh, zero1=config.mesh.zero1, **aligned)
-        self._frozen, places = repa.place_teacher(self._teacher, self._mesh)
+        self._frozen, places = repa.place_teacher(teacher, self._mesh)
         self._train_step = step.compile_train_step(
             self._model,
             self._optimizer,
@@ -241,7 +243,7 @@ class Run:
                     code=Exit.NUMERIC_ABORT,
                 )
             replaced = self._count_replaced(self._batches.replaced)
-            origin = self._identity | ({"teacher": self._teacher.digest} if self._teacher else {})
+            origin = self._identity | ({"teacher": self._digest} if self._digest else {})
             record = checkpoint.Record(self._config, origin, self._watch.skipped, replaced)
             self._checkpoints.save(self._step, self._state, record)
 

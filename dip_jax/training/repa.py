@@ -22,6 +22,7 @@ from dip_jax.runtime.storage import file_digest
 from dip_jax.typing import Images, Params, PRNGKey, Tokens
 
 PROJECTOR = "projector"
+_STREAM = 2  # of the projector's first weights, beside the training noise's 1
 ASSUMED = dinov2.DinoV2(width=768, depth=12)  # ViT-B/14, where a plan is made without its file
 
 
@@ -35,7 +36,7 @@ class Alignment:
 
     def init(self, key: PRNGKey) -> Params:
         """The projector's parameters, float32; drawn from a stream of their own, so that the model's are what they were."""
-        return self.projector.init(jax.random.fold_in(key, 1))
+        return self.projector.init(jax.random.fold_in(key, _STREAM))
 
     def loss(self, projector: Params, tokens: Tokens, frozen: Params, image: Images) -> Float[Array, ""]:
         """The second term without its weight, float32 in [0, 2]; `image` is clean, in [-1, 1]."""
@@ -50,7 +51,7 @@ def align(options: config.Repa, model: config.Model, encoder: dinov2.DinoV2 = AS
     """The alignment that a config asks for; None where its weight is 0.
 
     Raises:
-        UserError: if the model has no such block.
+        UserError: if the model has no such block, or too few tokens to normalise over.
     """
     if not options.weight:
         return None
@@ -59,6 +60,10 @@ def align(options: config.Repa, model: config.Model, encoder: dinov2.DinoV2 = AS
             f"repa.layer={options.layer} is no block of a model with model.depth={model.depth}: use 1..{model.depth}"
         )
     grid = (model.image_size[0] // model.patch_size, model.image_size[1] // model.patch_size)
+    if options.spatial_norm and grid == (1, 1):
+        raise UserError(
+            "repa.spatial_norm normalises over the tokens of an image, and here is one: set repa.spatial_norm=False"
+        )
     projector = alignment.Projector(options.projector, model.width, encoder.width, grid, model.dtype)
     return Alignment(options, encoder, projector)
 
@@ -122,5 +127,5 @@ def place_teacher(teacher: Teacher | None, mesh: jax.sharding.Mesh) -> tuple[tup
     """The teacher's parameters on the devices, as the step's last argument (none without a teacher), and their shardings."""
     if teacher is None:
         return (), None
-    places = jax.tree.map(lambda a: a.sharding, abstract_teacher(teacher.alignment, mesh))
+    places = sharding.shardings(mesh, dinov2.logical_axes(), teacher.params)
     return (jax.device_put(teacher.params, places),), places

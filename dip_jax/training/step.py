@@ -46,7 +46,7 @@ def train_step(
 
     Returns:
         The new state and float32 scalars: loss, with `alignment` its parts loss_flow and loss_repa, grad_norm (before
-        clipping), param_norm, and skipped (1 where the update was not applied).
+        clipping) and param_norm (of all that is trained, the projector too), and skipped (1 where the update was not applied).
     """
     key = jax.random.fold_in(key, state.step)
     image = sharding.constrain(to_float(batch["image"]), "batch", "height", "width", "channels")

@@ -190,6 +190,17 @@ def test_another_teacher_is_refused_and_a_moved_one_is_not(tiny, tmp_path, teach
     assert harness.steps_of(tmp_path / "run")[-1] == 4
 
 
+def test_another_projector_is_no_change_that_can_be_allowed(tiny, tmp_path):
+    train.train(tiny(train__steps=2), workdir=tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    other = tiny(repa__projector="conv")
+    with pytest.raises(UserError, match=r"repa.projector: mlp -> conv\): choose another --workdir$"):
+        train.train(other, workdir=tmp_path / "run")
+    with pytest.raises(UserError, match=r"--allow_change does not help with repa.projector"):
+        train.train(other, workdir=tmp_path / "run", allow_change=["repa.projector"])
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
 def test_alignment_can_be_taken_away_but_not_added(tiny, tmp_path):
     train.train(tiny(train__steps=2), workdir=tmp_path / "run")
     off = tiny(repa__weight=0.0)
