@@ -181,9 +181,10 @@ run() {
   [ -z "$dry_run" ] || return 0
   return "$code"
 }
+starts=0
 to_the_end() {  # what the command of worker 0 ended with; $gone and $unknown, where nobody says
   local line start began tries=0 code now
-  start=$(date +%s)-$$
+  start=$(date +%s)-$$-$((++starts))  # two may begin in one second
   line=$(printf '%q ' bash launch/local.sh "--accelerator=$accelerator" "$@")
   while :; do
     began=$SECONDS

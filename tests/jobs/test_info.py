@@ -123,7 +123,7 @@ def test_memory_is_divided_by_the_mesh():
         info.describe(base, mesh=mesh)["bytes_per_device"]
         for mesh in (config.Mesh(data=1), config.Mesh(data=1, fsdp=8), config.Mesh(data=8, zero1=True))
     )
-    assert alone["optimizer"] == pytest.approx(8 * 631_989_411, rel=1e-6)
+    assert alone["optimizer"] == pytest.approx(2 * alone["params"], rel=1e-6)
     assert fsdp["params"] == pytest.approx(alone["params"] / 8, rel=0.1)  # the head is replicated
     assert zero["params"] == alone["params"] and zero["ema"] < 0.2 * alone["ema"]
     assert fsdp["activations"] * 8 == alone["activations"]

@@ -237,7 +237,7 @@ def test_a_time_of_the_grid_at_an_end_of_the_interval_is_outside(solver, steps, 
 
 
 @pytest.mark.parametrize(
-    ("solver", "expected"), [("euler", (100, 85)), ("heun", (200, 170)), ("ab2", (101, 85)), ("sde", (100, 85))]
+    ("solver", "expected"), [("euler", (100, 89)), ("heun", (200, 178)), ("ab2", (101, 89)), ("sde", (100, 89))]
 )
 def test_network_evaluations(solver, expected):
     assert sampler.nfe(config.Sample(solver=solver, interval=(0.1, 1.0))) == expected
