@@ -219,6 +219,7 @@ def test_alignment_can_be_taken_away_but_not_added(tiny, tmp_path):
         ({"repa__encoder": ""}, "repa.weight=0.5 needs repa.encoder: .*dinov2_vitb14_pretrain.pth, 346378731 bytes"),
         ({"repa__encoder": "/nowhere/d.pth"}, "/nowhere/d.pth: no such file; .*DINOv2 ViT-B/14"),
         ({"repa__layer": 2}, r"repa.layer=2 is no block of a model with model.depth=1"),
+        ({"model__patch_size": 16, "repa__spatial_norm": True}, r"here is one: set repa.spatial_norm=False"),
     ],
 )
 def test_what_is_missing_is_told_before_compiling(tiny, tmp_path, monkeypatch, changes, message):
