@@ -19,7 +19,9 @@ def get_config() -> ConfigDict:
     # Two CPU cores: no bfloat16 units, little to gain from recomputation, and unrolled layers run faster.
     config.model.update(dtype="float32", remat="none", head_remat=False, scan_layers=False)
     config.flow.update(t_mean=-0.5)
-    config.optim.update(learning_rate=2e-3, warmup_steps=400, schedule="cosine", grad_clip=1.0, ema_decay=0.999, ema_warmup=True)
+    config.optim.update(
+        learning_rate=2e-3, warmup_steps=400, schedule="cosine", grad_clip=1.0, ema_decay=0.999, ema_warmup=True
+    )
     config.data.update(path="datasets/photo_crops", source="photo_crops", batch_size=16, num_threads=2)
     config.checkpoint.update(every_steps=1000, keep_last=2)
     config.sample.update(steps=32, t_shift=2.0, guidance=2.0, interval=(0.0, 0.7), batch_size=100)

@@ -32,7 +32,7 @@ FLOORS = {
 
 ONE_DOOR = {  # third-party module -> the only places that may import it
     "flax.linen": ("models.",),
-    "orbax": ("checkpoints.checkpoint",),
+    "orbax": ("checkpoints.items",),
     "tensorboardX": ("runtime.writers", "metrics."),
     "matplotlib": ("reporting.",),
     "grain": ("data.",),

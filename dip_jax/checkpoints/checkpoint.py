@@ -1,11 +1,11 @@
-"""Checkpoints: the only file that knows Orbax.
+"""Checkpoints: what a step directory is, and the order of a restore.
 
 A step directory `WORKDIR/checkpoints/STEP` holds three items, each readable without the others, and their hashes:
 
     state/           step, params, opt_state: what training goes on from
     ema/             the averaged weights: what everybody else wants
     config/          JSON: the config, what the data order depends on, counters
-    MANIFEST.sha256  written last, inside the same atomic commit
+    MANIFEST.xxh128  written last, inside the same atomic commit
 
 Restore order:
 
@@ -20,33 +20,21 @@ Restore order:
 
 import concurrent.futures
 import dataclasses
-import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
-from dip_jax.checkpoints import directories, manifest, mismatch, orbax_logging
-from dip_jax.config import Checkpoint, Config, from_dict, to_dict
+from dip_jax.checkpoints import directories, items, manifest, orbax_logging
+from dip_jax.checkpoints.items import Record, read_record
+from dip_jax.config import Checkpoint, Config
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
 from dip_jax.runtime import distributed, storage
 from dip_jax.typing import Params
 
-_FILE_BYTES = 2**26  # one file is hashed by one core: many of middling size keep all cores busy
 ITEMS_UNREAD = {"ema": ("state",), "raw": ("ema",), "initial": ("state", "ema")}  # by weights of `load`
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """The `config` item: everything about a run that is not an array."""
-
-    config: Config
-    data: dict[str, Any]  # `data.order.identity`, and the teacher; empty for converted weights
-    skipped: int = 0  # updates not applied because of a non-finite number, so far
-    replaced: int = 0  # bad records replaced by a neighbour, so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +66,7 @@ class Checkpoints:
         self._current = self.root  # the step being written
         self._saving: concurrent.futures.Future | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writer = _async_writer(lambda: manifest.write_manifest(self._current))
+        self._writer = items.open_writer(lambda: manifest.write_manifest(self._current))
         if jax.process_index() == 0:
             storage.require_writable(self.root)
             directories.clean(self.root)
@@ -117,8 +105,8 @@ class Checkpoints:
         Raises:
             UserError: if names, shapes or dtypes differ from the target, listing leaves.
         """
-        ema = _read(found.path / "ema", target.ema)
-        return target.replace(**_read(found.path / "state", _state(target), partial=partial), ema=ema)
+        ema = items.read_arrays(found.path / "ema", target.ema)
+        return target.replace(**items.read_arrays(found.path / "state", _state(target), partial=partial), ema=ema)
 
     def save(self, step: int, state: Any, record: Record) -> None:
         """Starts a save and returns once the arrays are copied off the devices. Does nothing where the step exists.
@@ -132,9 +120,8 @@ class Checkpoints:
             return
         storage.require_space(self.root, int(1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))))
         self._current = self.root / str(step)
-        items = {"state": _arrays_item(_state(state)), "ema": _arrays_item(state.ema), "config": _config_item(record)}
         try:
-            self._writer.save(self._current, args=ocp.args.Composite(**items))
+            self._writer.save(self._current, args=items.compose({"state": _state(state), "ema": state.ema}, record))
         except OSError as error:
             raise self._failure(error) from error
         self._saving = self._thread.submit(self._finish)
@@ -168,8 +155,8 @@ class Checkpoints:
     def _failure(self, error: BaseException) -> UserError | Interrupted:
         good = directories.complete(self.root)
         last = f"the last good one is step {good[-1]}" if good else "there is no earlier one"
-        failure = f"saving {self._current} failed ({_reason(error)}); {last}"
-        if isinstance(_cause(error), jax.errors.JaxRuntimeError):  # another process or a device is gone: nothing to mend here
+        failure = f"saving {self._current} failed ({items.reason(error)}); {last}"
+        if isinstance(items.cause(error), jax.errors.JaxRuntimeError):  # another process or a device is gone: no mending here
             return Interrupted(f"{failure}; run the same command again", code=Exit.CRASH)
         return UserError(f"{failure}; mend this, then run the same command again")
 
@@ -189,7 +176,7 @@ def load(path: epath.PathLike, *, weights: str = "ema", dtype: str | None = None
         path: a workdir (its newest undamaged step is used), a step directory, or what `convert` wrote.
         weights: "ema" (what samples are drawn from), "raw" (the last update), "initial" (step 0, by seed and `init_from`).
         dtype: what the model computes in, "float32" or "bfloat16"; as it was trained where it is not given.
-        verify: check by the SHA-256 manifest what will be read, first.
+        verify: check by the manifest's hashes what will be read, first.
 
     Returns:
         The model, and a nested dict of float32 arrays.
@@ -209,24 +196,8 @@ def load(path: epath.PathLike, *, weights: str = "ema", dtype: str | None = None
         return model, dip.init_backbone(params, load(origin)[1]) if origin else params
     params = jax.eval_shape(model.init, jax.random.key(0))
     if weights == "ema":
-        return model, _read(path / "ema", params)
-    return model, _read(path / "state", {"params": params}, partial=True)["params"]
-
-
-def read_record(path: epath.Path) -> Record:
-    """The `config` item of a step directory.
-
-    Raises:
-        UserError: if it is missing, or was written with options that this version does not know.
-    """
-    try:
-        values = json.loads((path / "config" / "metadata").read_text())
-        replaced = int(values.get("replaced", 0))  # older checkpoints lack it
-        return Record(from_dict(values["config"]), dict(values["data"]), int(values["skipped"]), replaced)
-    except UserError as error:
-        raise UserError(f"{path} was written with other options than this version knows: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} has no readable config item ({_reason(error)}): it is no dip_jax checkpoint") from error
+        return model, items.read_stored(path / "ema", params, stored=record.stored)
+    return model, items.read_arrays(path / "state", {"params": params}, partial=True)["params"]
 
 
 def write_weights(workdir: epath.PathLike, params: Params, *, config: Config, step: int = 0) -> epath.Path:
@@ -241,60 +212,11 @@ def write_weights(workdir: epath.PathLike, params: Params, *, config: Config, st
     path = root / str(step)
     if path.exists():
         raise UserError(f"{path} exists already: choose another output directory")
-    with _async_writer(lambda: manifest.write_manifest(path)) as writer:
-        items = {"ema": _arrays_item(params), "config": _config_item(Record(config, {}))}
-        writer.save(path, args=ocp.args.Composite(**items))
+    with items.open_writer(lambda: manifest.write_manifest(path)) as writer:
+        writer.save(path, args=items.compose({"ema": params}, Record(config, {})))
     return path
 
 
 def _state(state: Any) -> dict[str, Any]:
     """The item `state` of a `TrainState`: all but the average."""
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
-
-
-def _arrays_item(tree: Any) -> ocp.args.PyTreeSave:
-    return ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=_FILE_BYTES)
-
-
-def _config_item(record: Record) -> ocp.args.JsonSave:
-    values = dataclasses.asdict(record) | {"config": to_dict(record.config)}
-    return ocp.args.JsonSave(json.loads(json.dumps(values)))  # tuples as lists, as they will be read
-
-
-def _async_writer(before_commit: Callable[[], None]) -> ocp.AsyncCheckpointer:
-    options = ocp.AsyncOptions(post_finalization_callback=before_commit)
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
-
-
-def _read(item: epath.Path, target: Any, *, partial: bool = False) -> Any:
-    """Arrays of one item as `target` (a tree of `ShapeDtypeStruct`, on the default device where it names no sharding)."""
-    if not item.is_dir():
-        there = sorted(child.name for child in item.parent.iterdir() if child.is_dir())
-        instead = ": converted and copied weights are often these alone, load them with weights='ema'" if "ema" in there else ""
-        raise UserError(f"{item.parent} holds no item {item.name!r}, only {', '.join(there)}{instead}")
-    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or local), target)
-    try:
-        with ocp.PyTreeCheckpointer() as reader:
-            stored = reader.metadata(item).item_metadata.tree
-            if difference := mismatch.describe(stored, target, partial=partial):
-                raise UserError(f"{item} does not fit this model: {difference}")
-            restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-            args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)
-            return reader.restore(item, args=args)
-    except UserError:
-        raise
-    except Exception as error:  # Orbax and its storage report what they cannot read by many types
-        raise UserError(f"{item} cannot be read ({_reason(error)}): use another step of the same workdir") from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause in one line."""
-    error = _cause(error)
-    return f"{type(error).__name__}: {error}".split("\n")[0][:300]

@@ -4,8 +4,8 @@ A step is `ROOT/NUMBER/`; whether it is undamaged its manifest tells (`checkpoin
 `ROOT/damaged/`, never deleted; a step that the keep policy drops goes through `ROOT/todelete/`, so that a half-deleted one is
 never offered.
 
-A bucket cannot rename. There a step is written in place and counts once its commit marker exists; it is withdrawn by deleting
-the marker first, and moved by copying first.
+A bucket cannot rename. There a step is written in place and counts once its manifest or its commit marker exists, which are
+written last; it is withdrawn by deleting these first, and moved by copying first.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from etils import epath
 
 from dip_jax.checkpoints import other_formats
-from dip_jax.checkpoints.manifest import COMMIT, MANIFEST, UNFINISHED, damage, files_below
+from dip_jax.checkpoints.manifest import COMMIT, SHA256, UNFINISHED, XXH128, damage, files_below, find_manifest
 from dip_jax.errors import UserError
 from dip_jax.runtime import storage, writers
 
@@ -31,7 +31,8 @@ def complete(root: epath.Path) -> list[int]:
 
 
 def _committed(path: epath.Path) -> bool:
-    return storage.is_local(path) or (path / COMMIT).exists()
+    """Whether a step is whole: always on a disk; in a bucket by Orbax's marker or, copied there from a disk, the manifest."""
+    return storage.is_local(path) or (path / COMMIT).exists() or find_manifest(path) is not None
 
 
 def newest(
@@ -69,7 +70,8 @@ def _delete(root: epath.Path, step: int) -> None:
         (root / "todelete").mkdir(exist_ok=True)
         path.rename(root / "todelete" / str(step))
     else:
-        (path / COMMIT).unlink(missing_ok=True)
+        for name in (SHA256, XXH128, COMMIT):
+            (path / name).unlink(missing_ok=True)
         path.rmtree()
 
 
@@ -129,7 +131,7 @@ def find(path: epath.PathLike, *, verify: bool, report: Callable[[str], None], u
     wanted = "give a workdir or one of its checkpoints/STEP directories"
     if not _is_dir(path):
         raise UserError(f"{path} {other_formats.describe(path) if path.exists() else 'is no directory'}: {wanted}")
-    if (path / "config").is_dir() or (path / MANIFEST).exists():
+    if (path / "config").is_dir() or find_manifest(path):
         if verify and (fault := damage(path, unread=unread)):
             raise UserError(f"{path} is damaged ({fault}): use another step of the same workdir")
         return path

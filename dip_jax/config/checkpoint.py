@@ -13,7 +13,7 @@ class Checkpoint:
     keep_last: int = 3
     keep_every: int = 0  # steps divisible by this stay for ever; 0 keeps none
     keep_best: str = ""  # fid | sfid | is | precision | recall: the step best by this metric of eval.jsonl stays too
-    verify: bool = True  # check the SHA-256 manifest before a restore
+    verify: bool = True  # check the manifest's hashes before a restore
 
     def __post_init__(self):
         positive("checkpoint", self, "every_steps", "keep_last")

@@ -5,6 +5,7 @@ Examples:
   python -m dip_jax convert --from=pixnerd --checkpoint=pixnerd_xl.ckpt --weights=raw --dtype=float32 --out=runs/pixnerd
   python -m dip_jax convert --from=ddt --checkpoint=dit_xl.safetensors --image_size=256 --out=runs/dit
   python -m dip_jax convert --to=dip-pytorch --checkpoint=runs/dip --out=dip_xl.pth
+  python -m dip_jax convert --to=release --checkpoint=runs/dip --dtype=bfloat16 --out=dip_xl
 
 dip: the DiP that its authors published.
 pixnerd: PixNerd's class-conditional pixel models, which become DiP with the coordinate-MLP head.
@@ -15,8 +16,11 @@ the file pickles is executed; a missing, extra or mis-shaped tensor is an error 
 --to writes what the published code takes by `network.load_state_dict(torch.load(FILE, weights_only=True), strict=True)`, in the
 format of torch, for which it needs no other library. --to=safetensors holds the same tensors, of whichever network it is.
 Both are float32, are read back by this command to the same bits, and have the config beside them as FILE.json.
+--to=release makes a folder to hand out: averaged weights, config, SHA-256 of both, and a model card to complete. It is what
+dip_jax.load, sample --checkpoint and evaluate --workdir read. --dtype=bfloat16 stores the weights in half the bytes.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable
 
@@ -27,8 +31,9 @@ from etils import epath
 
 from dip_jax import config
 from dip_jax.checkpoints import checkpoint as checkpoints
-from dip_jax.checkpoints import directories, torch_file, torch_names, torch_writing
+from dip_jax.checkpoints import directories, release, torch_file, torch_names, torch_writing
 from dip_jax.checkpoints.torch_tables import NETWORKS
+from dip_jax.data import prepared
 from dip_jax.errors import UserError
 from dip_jax.runtime import distributed, storage
 
@@ -51,19 +56,28 @@ TARGETS: dict[str, tuple[str | None, Callable[[Iterable[tuple[str, np.ndarray]]]
     "pixnerd-pytorch": ("pixnerd", torch_writing.torch_bytes),
     "safetensors": (None, _safetensors_bytes),
 }
+RELEASE = "release"  # the one --to that is a folder
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
     """The command's flags."""
     own = {"flag_values": flags}
     absl_flags.DEFINE_enum("from", None, list(NETWORKS), "whose weights the file holds; left out, its names tell", **own)
-    absl_flags.DEFINE_enum("to", None, list(TARGETS), "instead: write a checkpoint of ours as such a file", **own)
+    absl_flags.DEFINE_enum("to", None, [*TARGETS, RELEASE], "instead: write a checkpoint of ours as this", **own)
     absl_flags.DEFINE_string(
         "checkpoint", None, ".ckpt, .pth, .pt or .safetensors file; with --to a workdir or step", required=True, **own
     )
-    absl_flags.DEFINE_string("out", None, "directory to write the checkpoint to; with --to a file", required=True, **own)
+    absl_flags.DEFINE_string(
+        "out", None, "directory to write the checkpoint to; with --to=...-pytorch or safetensors a file", required=True, **own
+    )
     absl_flags.DEFINE_enum("weights", "ema", list(_PREFIXES), "averaged or last weights, where there are both", **own)
-    absl_flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "what the model computes in (default: bfloat16)", **own)
+    absl_flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16"],
+        "what the model computes in (default: bfloat16); with --to=release what its weights are stored in (default: float32)",
+        **own,
+    )
     absl_flags.DEFINE_list("image_size", None, "side, or height,width, of the images (default: 16 patches)", **own)
 
 
@@ -77,13 +91,52 @@ def run(flags: absl_flags.FlagValues) -> None:
         path = convert(source, checkpoint=flags.checkpoint, out=flags.out, **options)
         print(f"{path}: ready for sample, evaluate and dip_jax.load")
         return
-    given = {"from": source, "image_size": flags.image_size, "dtype": dtype}
+    given = {"from": source, "image_size": flags.image_size, "dtype": None if flags.to == RELEASE else dtype}
     if misplaced := [f"--{name}" for name, value in given.items() if value is not None]:
         raise UserError(
-            f"{', '.join(misplaced)} cannot stand beside --to={flags.to}, which writes float32 tensors of a checkpoint"
+            f"{', '.join(misplaced)} cannot stand beside --to={flags.to}, which writes the tensors of a checkpoint as they are"
         )
+    if flags.to == RELEASE:
+        storage.require_folder_name(flags.out, flag="--out")
+        path = make_release(flags.checkpoint, out=flags.out, weights=flags.weights, dtype=dtype or "float32")
+        print(
+            f"{path}: {flags.weights} weights, config and hashes; complete its README.md, which has a TODO where it cannot know"
+        )
+        return
     path = export(flags.to, checkpoint=flags.checkpoint, out=flags.out, weights=flags.weights)
     print(f"{path}: {flags.weights} weights as {flags.to}; the config is beside it")
+
+
+def make_release(
+    checkpoint: epath.PathLike, *, out: epath.PathLike, weights: str = "ema", dtype: str = "float32"
+) -> epath.Path:
+    """Writes a checkpoint's weights as a release (`checkpoints/release.py`); returns its folder.
+
+    Args:
+        checkpoint: a workdir, one of its steps, or what `convert` wrote.
+        out: the folder to make.
+        weights: "ema" or "raw".
+        dtype: what the weights are stored in, "float32" or "bfloat16".
+
+    Raises:
+        UserError: as `load` and `release.write_release`.
+    """
+    unread = checkpoints.ITEMS_UNREAD[weights]
+    path = directories.find(checkpoint, verify=True, report=distributed.say, unread=unread)
+    record = checkpoints.read_record(path)
+    _, params = checkpoints.load(path, weights=weights, verify=False)
+    record = dataclasses.replace(record, classes=record.classes or _dataset_classes(record.config))
+    step = int(path.name) if path.name.isdecimal() else 0
+    return release.write_release(out, params, record, step=step, weights=weights, dtype=dtype)
+
+
+def _dataset_classes(run: config.Config) -> tuple[str, ...]:
+    """Names by the dataset, for a checkpoint of before they were kept in it; none where it is not at hand."""
+    try:
+        names = prepared.open_dataset(run.data.path, image_size=run.model.image_size[0]).classes if run.data.path else ()
+    except UserError:
+        return ()
+    return tuple(names) if len(names) == run.model.num_classes else ()
 
 
 def _sides(words: list[str]) -> tuple[int, ...]:

@@ -181,7 +181,7 @@ class _Bench:
     notes: list[str]
 
 
-def _open_bench(flags: absl_flags.FlagValues, run: config.Config) -> _Bench:
+def _open_bench(flags: absl_flags.FlagValues, run: config.Config, known: Sequence[str]) -> _Bench:
     wanted = _wanted(flags, run.eval)
     if not wanted.reference:
         raise UserError("--reference is missing and the run's config names none (eval.reference): name an .npz or a dataset")
@@ -196,7 +196,7 @@ def _open_bench(flags: absl_flags.FlagValues, run: config.Config) -> _Bench:
     watched = gallery and inputs.with_progress(gallery)
     judge = open_judge(wanted, **shape, gallery=watched, cache=flags.cache or None, watched=inputs.with_progress)
     real = inputs.dataset_images(train, count=wanted.num_samples, phase=0.5) if train else None
-    names = train.classes if train else [f"class {i}" for i in range(run.model.num_classes)]
+    names = train.classes if train else known or [f"class {i}" for i in range(run.model.num_classes)]
     return _Bench(judge, real, names, notes)
 
 
@@ -216,7 +216,7 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     count = _wanted(flags, run.eval).num_samples
     weights_of = _rows_of(path, record, quick=flags.quick)
     distributed.say(f"step {path.name}: {count} samples each of {', '.join(_ROWS[weights] for weights in weights_of)}")
-    bench = distributed.on_main(lambda: _open_bench(flags, run))
+    bench = distributed.on_main(lambda: _open_bench(flags, run, record.classes))
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     shown: dict[str, list[np.ndarray]] = {"real": []}

@@ -122,7 +122,7 @@ def _sample(flags: absl_flags.FlagValues) -> None:
     options = _options(flags, record.config.sample)
     dtype = "float32" if flags.precision == "highest" else None
     model, params = checkpoint.load(path, weights=weights, dtype=dtype, verify=False)
-    names = class_names(record.config, model)
+    names = list(record.classes) or class_names(record.config, model)
     labels = check_labels(interleave(_classes(flags, names), flags.num_samples), model)
     arguments = {"labels": labels, "seed": flags.seed, "options": options}
     settings = _settings(flags, step=path.name, params=params, model=model, **arguments)

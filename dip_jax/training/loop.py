@@ -244,7 +244,8 @@ class Run:
                 )
             replaced = self._count_replaced(self._batches.replaced)
             origin = self._identity | ({"teacher": self._digest} if self._digest else {})
-            record = checkpoint.Record(self._config, origin, self._watch.skipped, replaced)
+            counts = {"skipped": self._watch.skipped, "replaced": replaced}
+            record = checkpoint.Record(self._config, origin, **counts, classes=tuple(self._dataset.classes))
             self._checkpoints.save(self._step, self._state, record)
 
     def _show(self, *, owed: bool = False) -> None:

@@ -46,8 +46,8 @@ def root(monkeypatch):
 def write_step(root, number, *, committed=True):
     for name in ("state/data", "ema/data", "config/metadata"):
         (root / str(number) / name).write_text(f"{number} {name}")
-    manifest.write_manifest(root / str(number))
     if committed:
+        manifest.write_manifest(root / str(number))
         (root / str(number) / manifest.COMMIT).write_text("")
 
 
@@ -59,6 +59,16 @@ def test_a_step_counts_once_it_is_committed(root):
     directories.clean(root)
     assert not (root / "4").exists()
     assert directories.complete(root) == [2]
+
+
+def test_what_a_tool_copied_from_a_disk_counts_without_the_marker(root):
+    """Orbax writes the marker on disks since its newest releases only, and some tools leave out what they do not know."""
+    write_step(root, 2)
+    (root / "2" / manifest.COMMIT).unlink()
+    (root / "2" / "ema" / manifest.COMMIT).write_text("another tool's")
+    assert directories.complete(root) == [2] and manifest.damage(root / "2") is None
+    directories._delete(root, 2)
+    assert directories.complete(root) == []
 
 
 def test_damage_is_copied_aside(root):

@@ -1,11 +1,13 @@
 """Checkpoints: what is saved comes back bit for bit on any mesh, damage is seen, misfits are named."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 import random
 import subprocess
+import sys
 
 import hypothesis
 import jax
@@ -15,6 +17,7 @@ import pytest
 from etils import epath
 from faults import harness
 from hypothesis import strategies as st
+from places import ROOT
 
 from dip_jax import config
 from dip_jax.checkpoints import checkpoint, directories, manifest
@@ -107,12 +110,54 @@ def test_save_keeps_what_it_was_given_while_training_goes_on(tmp_path):
     checkpoints.close()
 
 
-def test_manifest_is_what_sha256sum_checks(pristine):
-    step = pristine / "checkpoints" / "4"
-    subprocess.run(["sha256sum", "--check", "--quiet", "--strict", manifest.MANIFEST], cwd=step, check=True)
+def test_manifests_of_before_are_read_and_are_what_sha256sum_checks(copy):
+    step = epath.Path(copy / "checkpoints" / "4")
+    (step / manifest.MANIFEST).unlink()
+    manifest.write_manifest(step, name=manifest.SHA256)
+    subprocess.run(["sha256sum", "--check", "--quiet", "--strict", manifest.SHA256], cwd=step, check=True)
     digest = hashlib.sha256((step / "config" / "metadata").read_bytes()).hexdigest()
-    assert f"{digest}  config/metadata\n" in (step / manifest.MANIFEST).read_text()
-    assert json.loads((step / "config" / "metadata").read_text())["data"]["salt"] == 2
+    assert f"{digest}  config/metadata\n" in (step / manifest.SHA256).read_text()
+    markers = "".join(f"{'0' * 64}  {item}/{manifest.COMMIT}\n" for item in ("config", "ema", "state"))
+    (step / manifest.SHA256).write_text((step / manifest.SHA256).read_text() + markers)  # as they were listed then
+    assert manifest.damage(step) is None
+    harness.flip_bit(copy / "checkpoints" / "4" / "config" / "metadata", random.Random(1))
+    assert manifest.damage(step) == "config/metadata is not what was written"
+
+
+def test_a_record_keeps_what_it_was_given(pristine):
+    assert json.loads((pristine / "checkpoints" / "4" / "config" / "metadata").read_text())["data"]["salt"] == 2
+
+
+def test_the_hash_is_fast_where_its_package_is_there():
+    if manifest.xxhash is None:
+        assert manifest.MANIFEST == manifest.SHA256
+    else:
+        assert manifest.MANIFEST == manifest.XXH128
+        assert manifest._hash_of(manifest.XXH128)(b"").hexdigest() == "99aa06d3014798d86001c324468d497f"  # XXH3's published
+
+
+def test_a_hash_without_its_package_is_told(copy, monkeypatch):
+    step = epath.Path(copy / "checkpoints" / "4")
+    (step / manifest.MANIFEST).rename(step / manifest.XXH128)
+    monkeypatch.setattr(manifest, "xxhash", None)
+    with pytest.raises(UserError, match="pip install xxhash"):
+        manifest.damage(step)
+
+
+def test_the_command_verifies_without_jax(copy):
+    program = (
+        "import sys; from dip_jax.checkpoints import manifest; code = manifest.main(sys.argv[1:]); "
+        "assert 'jax' not in sys.modules; sys.exit(code)"
+    )
+    run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    done = run([sys.executable, "-c", program, str(copy)])
+    assert done.returncode == 0 and done.stdout.count("as it was written") == 2, done.stderr
+    harness.flip_bit(copy / "checkpoints" / "4" / "ema" / "manifest.ocdbt", random.Random(1))
+    done = run([sys.executable, "-m", "dip_jax.checkpoints.manifest", str(copy), str(copy / "checkpoints" / "2")])
+    assert done.returncode == 1 and "4: damaged, ema/manifest.ocdbt is not what was written" in done.stdout
+    assert done.stdout.count("as it was written") == 2
+    done = run([sys.executable, "-m", "dip_jax.checkpoints.manifest", str(copy / "checkpoints" / "4" / "ema")])
+    assert done.returncode == 2 and "holds no checkpoint" in done.stderr
 
 
 @hypothesis.given(harm=st.sampled_from(sorted(harness.HARMS)), seed=st.integers(0, 2**32))

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 import dip_jax
 from dip_jax import config
+from dip_jax.checkpoints.manifest import MANIFEST
 from dip_jax.errors import UserError
 from dip_jax.jobs import info, train
 from dip_jax.models import dinov2, dip
@@ -164,7 +165,7 @@ def test_a_resume_is_exact_and_the_teacher_is_not_in_the_checkpoint(tiny, teache
     train.train(tiny(), workdir=tmp_path / "parts")
     files = {}
     for name in ("whole", "parts"):
-        manifest = (tmp_path / name / "checkpoints" / "4" / "MANIFEST.sha256").read_text()
+        manifest = (tmp_path / name / "checkpoints" / "4" / MANIFEST).read_text()
         files[name] = {line.split("  ")[1]: line.split("  ")[0] for line in manifest.splitlines()}
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         assert all("loss_flow" in line and "loss_repa" in line for line in lines) and len(lines) == 4
