@@ -12,7 +12,7 @@ from dip_jax.config import defaults
 
 def get_config() -> ConfigDict:
     config = defaults()
-    # After the blocks, as in the paper. A quarter of a million patches an hour are too few for its initial values to grow out of.
+    # After the blocks, as in the paper. A quarter million patches an hour are too few for its initial values to grow out of.
     config.model.update(size="tiny", image_size=(64, 64), num_classes=10, head_width=24, head_init="he")
     # Predicting the image rather than the velocity learns fastest when patches (768 numbers) are wider than the tokens (192).
     config.model.update(prediction="x", t_clip=0.3, label_std=0.4, position="rope+sincos")
