@@ -16,8 +16,6 @@ def get_config() -> ConfigDict:
     # After the blocks is the paper's choice, for weeks of training. In minutes a linear last layer learns to paint what tokens
     # know, and a U-Net, which hears of a patch in one pixel of its lowest level, does not: here it sits between the blocks.
     config.model.update(placement="intermediate")
-    # The numbers of README are those of this U-Net, of before the authors published theirs.
-    config.model.update(head_pool="avg", head_upsample="nearest", head_feature="raw", head_zero_init=True)
     # Predicting the image rather than the velocity learns fastest when patches (768 numbers) are wider than the tokens (192);
     # the high floor keeps times close to 1, where there is little left to say, from drowning the others.
     config.model.update(prediction="x", t_clip=0.3)

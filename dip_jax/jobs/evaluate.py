@@ -71,6 +71,7 @@ def evaluate(
     weights: str = "",
     batch_size: int = 50,
     gallery: ImageSet | None = None,
+    patch_size: int | None = None,
     cache: epath.PathLike | None = None,
 ) -> Evaluation:
     """Judges one set of samples. To judge several against one reference, make a `metrics.judge.Judge`.
@@ -83,6 +84,7 @@ def evaluate(
         weights: the user's file of Inception weights.
         batch_size: images per call of the network, over all devices.
         gallery: labelled images for the nearest-neighbour accuracy.
+        patch_size: side of the model's patches, for the step across their borders; None leaves that number out.
         cache: folder for the statistics of the reference.
 
     Raises:
@@ -92,7 +94,7 @@ def evaluate(
     size = drawn.image_shape[0] if isinstance(drawn, ImageSet) else None
     against = inputs.reference_set(reference, image_size=size)
     network = feature_networks.open_network(features, weights)
-    judge = Judge(network, against, gallery=gallery, batch_size=batch_size, cache=cache)
+    judge = Judge(network, against, gallery=gallery, batch_size=batch_size, patch_size=patch_size, cache=cache)
     verdict = judge(drawn)
     sampling = sample_files.read_settings(samples) if isinstance(samples, str | os.PathLike) else {}
     return Evaluation(verdict.metrics, judge.protocol(), verdict.notes, sampling)
@@ -113,6 +115,14 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string("out", None, "FILE.json; with --workdir by default WORKDIR/evaluation.json", **own)
     absl_flags.DEFINE_integer(
         "batch_size", None, "images per call of the feature network; default: with --workdir the config's, else 50", **own
+    )
+    absl_flags.DEFINE_integer(
+        "patch_size",
+        None,
+        "with --samples: side of the model's patches, for `border`, the step across their borders over that inside; "
+        "with --workdir the config's",
+        lower_bound=2,
+        **own,
     )
     absl_flags.DEFINE_integer("num_samples", None, "with --workdir: samples per row; default: the config's", **own)
     absl_flags.DEFINE_integer("seed", 0, "with --workdir: seed of the samples", **own)
@@ -144,7 +154,8 @@ def _judge_files(flags: absl_flags.FlagValues) -> None:
     sets = [inputs.sample_set(path) for path in flags.samples]
     shapes = {samples.name: samples.image_shape for samples in sets if isinstance(samples, ImageSet)}
     first = dict(zip(("name", "image_shape"), next(iter(shapes.items()), (sets[0].name, None)), strict=True))
-    judge = open_judge(_wanted(flags, config.Eval()), **first, cache=flags.cache or None, watched=inputs.with_progress)
+    options = {"patch_size": flags.patch_size, "cache": flags.cache or None, "watched": inputs.with_progress}
+    judge = open_judge(_wanted(flags, config.Eval()), **first, **options)
     for samples in sets:
         judge.require_fit(samples)
     rows, notes, sampling = [], [], {}
@@ -192,7 +203,7 @@ def _open_bench(flags: absl_flags.FlagValues, run: config.Config, known: Sequenc
         except UserError as error:
             notes.append(f"No row of real images and no nearest neighbour: {error}.")
     gallery = inputs.dataset_images(train, count=GALLERY) if train and train.num_classes <= _MOST_CLASSES else None
-    shape = {"name": "this run", "image_shape": (*run.model.image_size, 3)}
+    shape = {"name": "this run", "image_shape": (*run.model.image_size, 3), "patch_size": run.model.patch_size}
     watched = gallery and inputs.with_progress(gallery)
     judge = open_judge(wanted, **shape, gallery=watched, cache=flags.cache or None, watched=inputs.with_progress)
     real = inputs.dataset_images(train, count=wanted.num_samples, phase=0.5) if train else None
@@ -219,7 +230,7 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     bench = distributed.on_main(lambda: _open_bench(flags, run, record.classes))
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
-    shown: dict[str, list[np.ndarray]] = {"real": []}
+    shown: dict[str, list[tuple[np.ndarray, int]]] = {"real": []}
 
     def judge(name: str, images: ImageSet) -> None:
         shown[name] = []
@@ -256,8 +267,8 @@ def _write_workdir(flags, run, bench, rows, notes, *, step, shown, samples, mode
     file = report.write_report(
         workdir / "report.html",
         title="DiP",
-        samples=inputs.pictures(shown["ema"], samples),
-        real=inputs.pictures(shown["real"], bench.real),
+        samples=inputs.pictures(shown["ema"]),
+        real=inputs.pictures(shown["real"]),
         class_names=bench.class_names,
         trajectory=trajectories.draw_frames(model, params, labels=labels, seed=flags.seed, options=run.sample),
         history=writers.read_rows(workdir / "metrics.jsonl"),

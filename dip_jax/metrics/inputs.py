@@ -1,5 +1,6 @@
 """Sets of images to judge and to judge by: drawn by a model while they are judged, read from a dataset, files or memory."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import os
@@ -82,25 +83,29 @@ def dataset_images(dataset: prepared.Dataset, *, count: int | None = None, phase
     return ImageSet(name, len(chosen), shape, batches, labels, f"{dataset.fingerprint}:{dataset.image_size}{part}", notes)
 
 
-def keeping(images: ImageSet, shown: list[np.ndarray]) -> ImageSet:
-    """The same set; its first images are kept in `shown` as they pass, enough of every class for the report."""
-    room = min(_SHOWN * len(np.unique(images.labels)), _MOST_SHOWN)
+def keeping(images: ImageSet, shown: list[tuple[np.ndarray, int]]) -> ImageSet:
+    """The same set; (image, label) of the first few of every class are kept in `shown` as they pass, for the report."""
+    kept = collections.Counter(label for _, label in shown)
 
     def batches(size: int) -> Iterator[np.ndarray]:
+        passed = 0
         for batch in images.batches(size):
-            missing = room - sum(map(len, shown))
-            if missing > 0:
-                shown.append(batch[:missing].copy())
+            for image, label in zip(batch, images.labels[passed:].tolist(), strict=False):
+                if kept[label] < _SHOWN and len(shown) < _MOST_SHOWN:
+                    kept[label] += 1
+                    shown.append((image.copy(), label))
+            passed += len(batch)
             yield batch
 
     return dataclasses.replace(images, batches=batches)
 
 
-def pictures(shown: Sequence[np.ndarray], images: ImageSet | None) -> figures.Labelled:
-    """What `keeping` kept of `images`; nothing where there are none."""
-    if images is None:
+def pictures(shown: Sequence[tuple[np.ndarray, int]]) -> figures.Labelled:
+    """What `keeping` kept."""
+    if not shown:
         return figures.Labelled(np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, np.int32))
-    return figures.Labelled(np.concatenate(shown), images.labels[: sum(map(len, shown))])
+    images, labels = zip(*shown, strict=True)
+    return figures.Labelled(np.stack(images), np.array(labels, np.int32))
 
 
 def with_progress(images: ImageSet | ReferenceFile) -> ImageSet | ReferenceFile:

@@ -12,7 +12,8 @@ from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.metrics import cache as kept
 from dip_jax.metrics import features as feature_networks
-from dip_jax.metrics import inputs, notes, statistics
+from dip_jax.metrics import borders, inputs, notes, statistics
+from dip_jax.metrics.borders import BorderSteps
 from dip_jax.metrics.features import Network, Summary
 from dip_jax.metrics.image_sets import ImageSet, ReferenceFile
 from dip_jax.metrics.statistics import Gaussian
@@ -41,6 +42,8 @@ class Judge:
         reference: images, or what a reference .npz holds.
         gallery: labelled images whose nearest one names the class of a sample; None leaves that number out.
         batch_size: images per call of the network.
+        patch_size: side of the patches that the samples were drawn by, for the step across their borders ("border"); None
+            leaves that number out.
         cache: folder for statistics of references that have a fingerprint; None keeps nothing.
 
     Raises:
@@ -54,11 +57,13 @@ class Judge:
         *,
         gallery: ImageSet | None = None,
         batch_size: int = 50,
+        patch_size: int | None = None,
         cache: epath.PathLike | None = None,
     ):
         if isinstance(reference, ImageSet):
             reference = ReferenceFile(reference.name, reference)
         self._network, self._batch_size, self._cache = network, batch_size, cache
+        self._patch_size = patch_size
         self._images, self._gallery = reference.images, gallery
         self._given = _given(network, reference)
         if self._images is None and not self._given:
@@ -79,6 +84,7 @@ class Judge:
         if isinstance(samples, ImageSet):
             _require_enough(samples)
             self.require_size(samples.name, samples.image_shape)
+            self._steps(samples)
         elif not _given(self._network, samples):
             raise UserError(
                 f"{samples.name} holds statistics of Inception features but no images (arr_0), and features="
@@ -97,6 +103,9 @@ class Judge:
                 f"{name} holds images of {sizes[0]}, the reference {self._images.name} of {sizes[1]}: resized copies give "
                 "other numbers; make both of one size"
             )
+
+    def _steps(self, samples: ImageSet) -> BorderSteps | None:
+        return None if self._patch_size is None else BorderSteps(self._patch_size, samples.image_shape)
 
     def _summary(self, images: ImageSet) -> Summary:
         return kept.summarise(self._network, images, batch_size=self._batch_size, folder=self._cache)
@@ -133,7 +142,9 @@ class Judge:
         return {names[key]: statistics.frechet_distance(gaussians[key], other) for key, other in self._gaussians.items()}
 
     def _judge(self, samples: ImageSet) -> Verdict:
-        drawn = feature_networks.summarise(self._network, samples, batch_size=self._batch_size, with_logits=True)
+        steps = self._steps(samples)
+        watched = samples if steps is None else borders.watching(samples, steps)
+        drawn = feature_networks.summarise(self._network, watched, batch_size=self._batch_size, with_logits=True)
         values = self._distances(drawn.gaussians) | {"is": statistics.inception_score(drawn.logits)}
         if self._reference is not None:
             both = statistics.precision_recall(drawn.vectors, self._reference.vectors)
@@ -142,6 +153,8 @@ class Judge:
             labels = self._gallery.labels[self._neighbours.kept]
             values["nearest"] = statistics.nearest_accuracy(drawn.vectors, samples.labels, self._neighbours.vectors, labels)
         metrics = {"N": samples.count} | {name + self._network.suffix: value for name, value in values.items()}
+        if steps is not None:
+            metrics["border"] = steps.ratio()  # of pixels, whatever the network
         return Verdict(metrics, self._notes(samples, drawn))
 
     def _notes(self, samples: ImageSet, drawn: Summary) -> list[str]:
@@ -177,6 +190,9 @@ class Judge:
             if reference is None
             else f"k={statistics.NEIGHBOURS}, {len(reference.vectors)} references",
             "inception_score": f"mean over contiguous splits of {statistics.SPLIT}",
+            "border": None
+            if self._patch_size is None
+            else f"step across borders of {self._patch_size}x{self._patch_size} over inside",
             "nearest": None if self._gallery is None else f"1 of {len(self._neighbours.vectors)} of {self._gallery.name}",
             "matmul_precision": jax.config.jax_default_matmul_precision or "default",
         }
@@ -208,6 +224,7 @@ def open_judge(
     name: str,
     image_shape: tuple[int, int, int] | None,
     gallery: ImageSet | None = None,
+    patch_size: int | None = None,
     cache: epath.PathLike | None = None,
     watched: Callable[[ImageSet | ReferenceFile], ImageSet | ReferenceFile] = lambda images: images,
 ) -> Judge:
@@ -218,7 +235,7 @@ def open_judge(
         name: what a message calls the samples.
         image_shape: theirs, which the reference's must equal; a reference that stores originals is cropped to it. None of
             statistics.
-        gallery, cache: as of `Judge`.
+        gallery, patch_size, cache: as of `Judge`.
         watched: what tells how far the reference is read.
 
     Raises:
@@ -226,7 +243,8 @@ def open_judge(
     """
     network = feature_networks.open_network(wanted.features, wanted.weights)
     against = inputs.reference_set(wanted.reference, image_size=None if image_shape is None else image_shape[0])
-    judge = Judge(network, watched(against), gallery=gallery, batch_size=wanted.batch_size, cache=cache)
+    options = {"batch_size": wanted.batch_size, "patch_size": patch_size, "cache": cache}
+    judge = Judge(network, watched(against), gallery=gallery, **options)
     if image_shape is not None:
         judge.require_size(name, image_shape)
     return judge

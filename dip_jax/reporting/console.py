@@ -58,6 +58,7 @@ def behind(protocol: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]
         "reference": ", ".join(filter(None, [protocol["reference"], counts, f"statistics {protocol['reference_statistics']}"])),
         "neighbours": protocol["precision_recall"],
         "nearest": protocol["nearest"],
+        "border": protocol["border"],
     }
     drawn = {name: sampling(values) for name, values in settings.items() if values}
     if drawn and len(drawn) == len(settings) and all(words == next(iter(drawn.values())) for words in drawn.values()):

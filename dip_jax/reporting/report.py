@@ -41,12 +41,14 @@ p { max-width: 72ch; margin: 6px 0 14px; }
 .class > div { display: grid; grid-template-columns: repeat(4, 1fr); gap: 4px; }
 .head { border: 0; padding: 4px 0; color: var(--faint); font-size: 14px; }
 .head > * { display: block !important; }
-.name { font-weight: 600; overflow-wrap: anywhere; }
+.name { font-weight: 600; overflow-wrap: break-word; hyphens: manual; }
 img { display: block; width: 100%; height: auto; border-radius: 3px; }
 .way { display: grid; gap: 4px; align-items: center; margin: 10px 0 18px; font-size: 13px; color: var(--faint); }
 .way span { text-align: center; } .way .row { text-align: right; padding-right: 8px; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 18px; }
 figure { margin: 0; background: var(--panel); border-radius: 8px; padding: 14px; } figure svg { width: 100%; height: auto; }
+.numbers { display: flex; flex-wrap: wrap; gap: 10px 34px; margin: 22px 0 2px; } .numbers b { display: block; font-size: 24px;
+  font-variant-numeric: tabular-nums; } .numbers span { color: var(--faint); font-size: 14px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 10px 0; }
 th, td { padding: 7px 18px 7px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -91,6 +93,7 @@ def write_report(
         The file.
     """
     sections = [
+        _headline(metrics),
         _classes(samples, real, class_names),
         "" if trajectory is None else _trajectory(trajectory, class_names),
         _curves(history),
@@ -120,6 +123,15 @@ def _subtitle(config: Config, history: Sequence[Mapping[str, Any]]) -> str:
         f"DiP/{model.patch_size}, {model.depth} layers of width {model.width}, {model.head} head ({model.placement}), "
         f"{height}\u00d7{width} pixels, {model.num_classes} classes, {step} steps of batch {config.data.batch_size}"
     )
+
+
+def _headline(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The numbers of the last row, which is the run's result."""
+    if not metrics:
+        return ""
+    name, *values = metrics[-1].items()
+    tiles = "".join(f"<div><b>{_text(_measured(value))}</b><span>{_text(key)}</span></div>" for key, value in values)
+    return f'<div class="numbers">{tiles}</div>\n<p class="faint">{_text(str(name[1]))}; all rows are below.</p>'
 
 
 def _classes(samples: figures.Labelled, real: figures.Labelled, names: Sequence[str]) -> str:

@@ -45,7 +45,7 @@ class Show:
         self._config, self._model, self._mesh, self._class_names = config, model, mesh, class_names
         self._judge = None
         if config.train.eval_every:  # opened on the host that judges
-            samples = {"name": "this run", "image_shape": (*config.model.image_size, 3)}
+            samples = {"name": "this run", "image_shape": (*config.model.image_size, 3), "patch_size": config.model.patch_size}
             folder = cache.default_folder()
             self._judge = distributed.on_main(lambda: judge.open_judge(config.eval, **samples, cache=folder))
 

@@ -133,6 +133,31 @@ def test_the_nearest_neighbour_names_the_class():
     assert "nearest_toy" not in judge(image_sets.from_array(references)).metrics
 
 
+def test_the_step_across_borders_is_told_where_the_patch_size_is():
+    samples = pictures(1, 20)
+    found = job.evaluate(samples, pictures(2, 20), features="lite0", patch_size=2)
+    assert found.metrics["border"] == pytest.approx(1 / inside_over_across(samples)) and "2x2" in found.protocol["border"]
+    assert "border" not in job.evaluate(samples, pictures(2, 20), features="lite0").metrics
+    with pytest.raises(UserError, match="patch_size=3 does not tile images of 4x4"):
+        job.evaluate(samples, pictures(2, 20), features="lite0", patch_size=3)
+
+
+def inside_over_across(images):
+    wide = images.astype(float)
+    steps = [np.abs(np.diff(wide, axis=axis)).mean(axis=(0, 3 - axis, 3)) for axis in (1, 2)]
+    return np.mean([step[::2].mean() for step in steps]) / np.mean([step[1::2].mean() for step in steps])
+
+
+def test_the_report_shows_as_many_real_images_of_every_class():
+    images, labels = pictures(1, 90), np.array([0] * 60 + [1, 2] * 15)
+    shown = []
+    drawn = inputs.keeping(image_sets.from_array(images, labels), shown)
+    assert np.array_equal(np.concatenate(list(drawn.batches(7))), images)
+    kept = inputs.pictures(shown)
+    assert np.bincount(kept.labels).tolist() == [8, 8, 8] and np.array_equal(kept.of(0, 8), images[:8])
+    assert np.array_equal(kept.of(2, 8), images[labels == 2][:8]) and not len(inputs.pictures([]).labels)
+
+
 @pytest.mark.parametrize(
     "samples, references, message",
     [

@@ -46,7 +46,7 @@ def test_settings_of_another_program_are_shown_as_far_as_they_are_known(settings
 
 
 PROTOCOL = {"features": "toy", "input": "4x4", "reference": "r.npz", "reference_images": 50, "reference_statistics": "computed"}
-PROTOCOL |= {"precision_recall": None, "nearest": None}
+PROTOCOL |= {"precision_recall": None, "nearest": None, "border": None}
 
 
 def test_what_all_rows_share_stands_there_once():
