@@ -1,11 +1,11 @@
 """How far the patches of a model show: the step across their borders over the step inside them.
 
-A model that draws an image patch by patch can fail to join them. Let d be the absolute difference of two neighbouring pixels, in a row
-or in a column, meaned over the channels. Then
+A model that draws an image patch by patch can fail to join them. Let d be the absolute difference of two neighbouring pixels, in
+a row or in a column, averaged over the channels. Then, over all images of a set,
 
-    border = mean of d where the neighbours lie in two patches / mean of d where they lie in one                              (1)
+    border = mean of d where the neighbours lie in two patches / mean of d where they lie in one                         (1)
 
-over all images of a set. Real photographs, whose edges know nothing of the grid, give 1 but for chance; a visible grid gives more.
+Photographs, whose edges know nothing of the grid, give 1 but for chance; a visible grid gives more.
 """
 
 import dataclasses
@@ -32,7 +32,8 @@ class BorderSteps:
         height, width, _ = image_shape
         if patch_size < 2 or height % patch_size or width % patch_size:
             raise UserError(
-                f"patch_size={patch_size} does not tile images of {height}x{width}: name the side of the model's patches, such as 16"
+                f"patch_size={patch_size} does not tile images of {height}x{width}: name the side of the model's patches, "
+                "such as 16"
             )
         self._patch_size = patch_size
         self._sums, self._counts = np.zeros(2), np.zeros(2, np.int64)  # inside, across

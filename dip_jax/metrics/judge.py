@@ -10,9 +10,9 @@ from etils import epath
 
 from dip_jax import config
 from dip_jax.errors import UserError
+from dip_jax.metrics import borders, inputs, notes, statistics
 from dip_jax.metrics import cache as kept
 from dip_jax.metrics import features as feature_networks
-from dip_jax.metrics import borders, inputs, notes, statistics
 from dip_jax.metrics.borders import BorderSteps
 from dip_jax.metrics.features import Network, Summary
 from dip_jax.metrics.image_sets import ImageSet, ReferenceFile
