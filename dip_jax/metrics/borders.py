@@ -1,7 +1,7 @@
 """How far the patches of a model show: the step across their borders over the step inside them.
 
-A model that draws an image patch by patch can fail to join them. Let d be the absolute difference of two neighbouring pixels, in
-a row or in a column, averaged over the channels. Then, over all images of a set,
+A model that draws an image patch by patch can fail to join them. Let d be the absolute difference of two neighbouring pixels,
+in a row or in a column, averaged over the channels. Then, over all images of a set,
 
     border = mean of d where the neighbours lie in two patches / mean of d where they lie in one                         (1)
 

@@ -138,7 +138,7 @@ def test_the_hash_is_fast_where_its_package_is_there():
 
 def test_a_hash_without_its_package_is_told(copy, monkeypatch):
     step = epath.Path(copy / "checkpoints" / "4")
-    (step / manifest.MANIFEST).rename(step / manifest.XXH128)
+    (step / manifest.MANIFEST).replace(step / manifest.XXH128)
     monkeypatch.setattr(manifest, "xxhash", None)
     with pytest.raises(UserError, match="pip install xxhash"):
         manifest.damage(step)
