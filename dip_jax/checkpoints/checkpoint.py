@@ -29,6 +29,7 @@ from etils import epath
 from dip_jax.checkpoints import directories, items, manifest, orbax_logging
 from dip_jax.checkpoints.items import Record, read_record
 from dip_jax.config import Checkpoint, Config
+from dip_jax.config.checks import one_of
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
 from dip_jax.runtime import distributed, storage
@@ -185,8 +186,7 @@ def load(path: epath.PathLike, *, weights: str = "ema", dtype: str | None = None
         UserError: if there is no checkpoint, it is damaged, it lacks the weights asked for, or there is no such `dtype`.
     """
     orbax_logging.quieten_orbax()
-    if weights not in ITEMS_UNREAD:
-        raise UserError(f"weights={weights!r} is unknown: it is one of {', '.join(ITEMS_UNREAD)}")
+    one_of("weights", weights, ITEMS_UNREAD)
     path = directories.find(path, verify=verify, report=distributed.say, unread=ITEMS_UNREAD[weights])
     record = read_record(path)
     model = dip.from_config(dataclasses.replace(record.config.model, dtype=dtype or record.config.model.dtype))

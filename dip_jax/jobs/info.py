@@ -31,6 +31,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from dip_jax.config import Config, Mesh
 from dip_jax.errors import UserError
+from dip_jax.metrics import features
 from dip_jax.models import cost, dip
 from dip_jax.planning import ahead, machine, plan, prediction, topologies
 from dip_jax.runtime import accelerators, command_line, sharding
@@ -52,6 +53,7 @@ def run(flags: absl_flags.FlagValues) -> None:
     """The command."""
     jax.config.update("jax_platforms", "cpu")  # a plan must not take an accelerator that another process uses
     config = command_line.read_config(flags)
+    features.require_known("eval.features", config.eval.features)
     mesh = config.mesh
     if flags.mesh:
         mesh = dataclasses.replace(read_mesh(flags.mesh), zero1=mesh.zero1, rules=mesh.rules)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dip_jax.config.checks import one_of
 from dip_jax.errors import UserError
 from dip_jax.metrics import inception, lite0
 from dip_jax.metrics.image_sets import ImageSet
@@ -64,6 +65,11 @@ def _open_inception(weights: str) -> Network:
 NETWORKS: dict[str, Callable[[str], Network]] = {"inception": _open_inception, "lite0": _open_lite0}
 
 
+def require_known(key: str, name: str) -> None:
+    """Raises `UserError`, which calls the value `key`, where `NETWORKS` has no such row."""
+    one_of(key, name, NETWORKS)
+
+
 @functools.lru_cache(maxsize=2)
 def open_network(name: str, weights: str = "") -> Network:
     """A feature network by its name in `NETWORKS`; `weights` is the user's file for the one that brings none.
@@ -71,8 +77,7 @@ def open_network(name: str, weights: str = "") -> Network:
     Raises:
         UserError: the name is unknown, or the weights are missing, damaged or not of this network.
     """
-    if name not in NETWORKS:
-        raise UserError(f"features={name!r} is unknown: it is one of {', '.join(NETWORKS)}")
+    require_known("features", name)
     return NETWORKS[name](weights)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from dip_jax import config
+from dip_jax.config.checks import one_of
 from dip_jax.errors import UserError
 from dip_jax.models import folding
 from dip_jax.models.layers import INITS, Linear, RMSNorm, SwiGLU, attend, named, normal, unstack
@@ -247,8 +248,7 @@ def check_head(model: config.Model) -> None:
         UserError: for a name that is not in HEADS, a U-Net deeper than the patch allows, or an attention head whose width its
             heads do not divide.
     """
-    if model.head not in HEADS:
-        raise UserError(f"model.head={model.head!r} is unknown: it is one of {', '.join(HEADS)}")
+    one_of("model.head", model.head, HEADS)
     if model.head == "unet":
         depth, p = unet_depth(model), model.patch_size
         if not 1 <= depth <= 8 or p % 2**depth:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dip_jax import config
+from dip_jax.config.checks import one_of
 from dip_jax.errors import UserError
 from dip_jax.models import folding
 from dip_jax.models.backbone import TOKENS, Tap, run_blocks
@@ -105,7 +106,6 @@ def check_placement(model: config.Model) -> None:
         UserError: for a name that is in no table, what `check_head` refuses, or a placement of no head.
     """
     check_head(model)
-    if model.placement not in PLACEMENTS:
-        raise UserError(f"model.placement={model.placement!r} is unknown: it is one of {', '.join(PLACEMENTS)}")
+    one_of("model.placement", model.placement, PLACEMENTS)
     if HEADS[model.head] is None and model.placement != "post_hoc":
         raise UserError(f"model.placement={model.placement!r} has no head to place: model.head=none goes with post_hoc")
