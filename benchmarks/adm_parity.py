@@ -21,6 +21,7 @@ import types
 import warnings
 from typing import Any
 
+import checkouts
 import numpy as np
 import scipy
 
@@ -157,6 +158,7 @@ def main() -> int:
     parser.add_argument("--sizes", default="96,512", help="feature dimensions")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file")
     options = parser.parse_args()
+    checkouts.require("evaluator", options.evaluator, of="openai/guided-diffusion", files=["evaluations/evaluator.py"])
     warnings.simplefilter("ignore", DeprecationWarning)  # of the evaluator's own calls
     module = load_evaluator(options.evaluator)
     module.DistanceBlock = Distances

@@ -10,13 +10,19 @@ import argparse
 import pathlib
 import sys
 
+import checkouts
 import numpy as np
-import torch
+
+checkouts.require_packages("torch")
+
+import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "support")]
 
 import sampling_cases as case  # noqa: E402
+
+THEIRS = [f"src/diffusion/{name}.py" for name in ("base/guidance", "flow_matching/sampling", "flow_matching/scheduling")]
 
 
 @torch.no_grad()
@@ -52,6 +58,7 @@ def main() -> int:
     parser.add_argument("--checkout", type=pathlib.Path, required=True, help="checkout of NJU-PCALab/DiP")
     parser.add_argument("--record", action="store_true", help="rewrite tests/golden/official_sampling.npz")
     arguments = parser.parse_args()
+    checkouts.require("checkout", arguments.checkout, of="NJU-PCALab/DiP", files=THEIRS)
     sys.path.insert(0, str(arguments.checkout))
     found = {name: run(settings) for name, settings in case.CASES.items()}
     if arguments.record:

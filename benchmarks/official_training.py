@@ -19,13 +19,20 @@ import sys
 import tempfile
 import types
 
+import checkouts
 import numpy as np
-import torch
+
+checkouts.require_packages("torch", "torchvision", "timm", "transformers", "lightning")
+
+import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "support")]
 
 import training_case as case  # noqa: E402
+
+THEIRS = ["src/lightning_model.py", "src/diffusion/flow_matching/training_repa.py", "src/models/transformer/dip.py"]
+TEACHER = ["dinov2/models/vision_transformer.py"]
 
 HUBCONF = """
 import functools
@@ -189,6 +196,8 @@ def main() -> int:
     parser.add_argument("--dinov2", type=pathlib.Path, required=True, help="checkout of facebookresearch/dinov2")
     parser.add_argument("--record", action="store_true", help="rewrite tests/golden/official_training.npz")
     arguments = parser.parse_args()
+    checkouts.require("checkout", arguments.checkout, of="NJU-PCALab/DiP", files=THEIRS)
+    checkouts.require("dinov2", arguments.dinov2, of="facebookresearch/dinov2", files=TEACHER)
     sys.path[:0] = [str(arguments.checkout), str(arguments.dinov2)]
     without_cuda()
     module, shapes = build(case.SETTINGS)

@@ -12,9 +12,13 @@ import functools
 import pathlib
 import sys
 
+import checkouts
 import jax
 import numpy as np
-import torch
+
+checkouts.require_packages("torch")
+
+import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
@@ -62,6 +66,8 @@ def main() -> int:
     parser.add_argument("--dinov2", type=pathlib.Path, required=True, help="checkout of facebookresearch/dinov2")
     parser.add_argument("--record", action="store_true", help="rewrite tests/golden/dinov2.npz")
     arguments = parser.parse_args()
+    files = ["dinov2/layers/__init__.py", "dinov2/models/vision_transformer.py"]
+    checkouts.require("dinov2", arguments.dinov2, of="facebookresearch/dinov2", files=files)
     sys.path.insert(0, str(arguments.dinov2))
     recorded, worst = {}, 0.0
     for case in dinov2_cases.CASES:

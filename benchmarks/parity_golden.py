@@ -14,9 +14,13 @@ import io
 import pathlib
 import sys
 
+import checkouts
 import jax
 import numpy as np
-import torch
+
+checkouts.require_packages("torch")
+
+import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
@@ -81,6 +85,8 @@ def main() -> int:
     parser.add_argument("--ddt", type=pathlib.Path, required=True, help="checkout of MCG-NJU/DDT")
     parser.add_argument("--record", action="store_true", help="rewrite tests/golden/parity.npz")
     arguments = parser.parse_args()
+    for source, repository in (("dip", "NJU-PCALab/DiP"), ("pixnerd", "MCG-NJU/PixNerd"), ("ddt", "MCG-NJU/DDT")):
+        checkouts.require(source, getattr(arguments, source), of=repository, files=[MODULES[source]])
     cases = {
         case.name: (case.source, case.model, parity_cases.random_tensors(case), parity_cases.inputs(case))
         for case in parity_cases.CASES

@@ -14,13 +14,18 @@ import pathlib
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait would count as work
 
-import jax
-import jax.numpy as jnp
-import measuring
-import torch
+import checkouts
+
+checkouts.require_packages("torch")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import measuring  # noqa: E402
+import torch  # noqa: E402
 
 HEADS = 6
 NERF_BLOCKS = 4
+PIXNERD = "src/models/transformer/pixnerd_c2i.py"
 
 
 def ours(options: argparse.Namespace) -> dict:
@@ -39,7 +44,7 @@ def ours(options: argparse.Namespace) -> dict:
 
 
 def theirs(options: argparse.Namespace) -> dict:
-    path = options.pixnerd / "src/models/transformer/pixnerd_c2i.py"
+    path = options.pixnerd / PIXNERD
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -88,6 +93,7 @@ def main() -> None:
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=["forward", "both"])
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
+    checkouts.require("pixnerd", options.pixnerd, of="MCG-NJU/PixNerd", files=[PIXNERD])
     times = measuring.interleave(ours(options) | theirs(options), rounds=options.rounds)
     rows = [
         {"who": who, "kind": kind, **timing, "dip_speed": timing["seconds"] / times["dip", kind]["seconds"]}

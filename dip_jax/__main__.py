@@ -7,7 +7,7 @@ import sys
 from absl import flags, logging
 
 from dip_jax.errors import Exit, Interrupted, UserError
-from dip_jax.runtime import command_line
+from dip_jax.runtime import command_line, compilation
 
 COMMANDS = {
     "train": "train a model, or go on where it stopped",
@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         return Exit.USER_ERROR
     flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's global flags
     logging.set_verbosity(logging.ERROR)  # what a user must know we say ourselves, in one line
+    compilation.keep()
     try:
         _run(command, argv[1:])
     except Interrupted as stop:

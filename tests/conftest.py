@@ -20,6 +20,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 _cache = os.environ.get("DIP_TEST_CACHE", str(pathlib.Path(tempfile.gettempdir()) / "dip_jax_test_cache"))
 jax.config.update("jax_compilation_cache_dir", _cache)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache)  # of commands that tests start, which else keep it in the home
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags

@@ -1,6 +1,8 @@
 """What the benchmarks share: variants are read as they are meant, times are fair, fits find the exponent."""
 
+import importlib.util
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -142,3 +144,55 @@ def test_an_executable_made_ahead_draws_the_same_image_without_tracing(tmp_path)
     cold, made, loaded = (run(mode) for mode in ("cold", "ahead", "ahead"))
     assert cold["sum"] == made["sum"] == loaded["sum"] != run("cold", steps=3)["sum"]
     assert made["trace"] > 0 and loaded["trace"] == 0
+
+
+# The scripts that run other people's code: their options of checkouts.
+BESIDE = {
+    "adm_parity": ["evaluator"],
+    "official_sampling": ["checkout"],
+    "official_training": ["checkout", "dinov2"],
+    "parity_dinov2": ["dinov2"],
+    "parity_golden": ["dip", "pixnerd", "ddt"],
+    "peers": ["pixnerd"],
+}
+
+
+def test_every_script_that_takes_a_checkout_is_known():
+    taking = {path.stem for path in BENCHMARKS.glob("*.py") if re.search(r"heckout of|clone of", path.read_text())}
+    assert taking - {"checkouts"} == set(BESIDE)
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["another folder", "no folder"])
+@pytest.mark.parametrize("script", BESIDE)
+def test_a_wrong_checkout_is_one_line(script, there, tmp_path):
+    """Also without PyTorch, which then is the line; with it by an empty package of that name."""
+    for name in ("torch", "torchvision", "timm", "transformers", "lightning"):
+        (tmp_path / "packages" / name).mkdir(parents=True)
+        (tmp_path / "packages" / name / "__init__.py").write_text(FAKE_TORCH)
+    wrong = tmp_path if there else tmp_path / "nowhere"
+    command = [sys.executable, BENCHMARKS / f"{script}.py", *(f"--{option}={wrong}" for option in BESIDE[script])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path / "packages")])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and line.startswith(f"{script}.py: --{BESIDE[script][0]}={wrong} "), done.stderr
+    assert ("has no " if there else "is no folder") in line and ": give a checkout of https://github.com/" in line
+
+
+FAKE_TORCH = """
+import types
+class float32: pass
+class nn:
+    class Module: pass
+def no_grad():
+    return lambda function: function
+"""
+
+
+@pytest.mark.parametrize("script", sorted(set(BESIDE) - {"adm_parity"}))
+def test_without_pytorch_it_is_one_line_too(script, tmp_path):
+    if importlib.util.find_spec("torch"):
+        pytest.skip("PyTorch is installed here")
+    command = [sys.executable, BENCHMARKS / f"{script}.py", *(f"--{option}={tmp_path}" for option in BESIDE[script])]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and line.startswith(f"{script}.py: needs torch"), done.stderr
