@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from dip_jax import config
-from dip_jax.checkpoints import checkpoint, directories, manifest
+from dip_jax.checkpoints import checkpoint, manifest
 from dip_jax.models import dip
 from dip_jax.runtime import sharding
 from dip_jax.training import optim, state
@@ -65,7 +65,7 @@ def measure(rounds: int, folder: pathlib.Path) -> dict[str, float]:
 
         original = manifest.write_manifest
         shutil.rmtree(folder, ignore_errors=True)
-        with mock.patch.object(directories, "write_manifest", lambda path: clock("manifest", lambda: original(path))):
+        with mock.patch.object(manifest, "write_manifest", lambda path: clock("manifest", lambda: original(path))):
             checkpoints = checkpoint.Checkpoints(folder, config.Checkpoint(keep_last=1))
             for number in range(rounds):
                 for _ in range(2):
@@ -83,7 +83,7 @@ def measure(rounds: int, folder: pathlib.Path) -> dict[str, float]:
         shares[f"manifest_{kind}share_of_save"] = round(median["manifest"] / median["save"], 4)
         shares[f"verify_{kind}share_of_restore"] = round(median["verify"] / (median["verify"] + median["restore"]), 4)
     shares["steps_lost_per_save"] = round(medians["save_holds_training_seconds"] / medians["step_seconds"], 3)
-    machine = {"cores": len(os.sched_getaffinity(0)), "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    machine = {"cores": len(os.sched_getaffinity(0)), "device": jax.devices()[0].device_kind, "jax": jax.__version__, "manifest": manifest.MANIFEST}
     return {"machine": machine, "gibibytes": round(size / 2**30, 3), "rounds": rounds, **medians, **shares}
 
 
