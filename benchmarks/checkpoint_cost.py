@@ -83,7 +83,12 @@ def measure(rounds: int, folder: pathlib.Path) -> dict[str, float]:
         shares[f"manifest_{kind}share_of_save"] = round(median["manifest"] / median["save"], 4)
         shares[f"verify_{kind}share_of_restore"] = round(median["verify"] / (median["verify"] + median["restore"]), 4)
     shares["steps_lost_per_save"] = round(medians["save_holds_training_seconds"] / medians["step_seconds"], 3)
-    machine = {"cores": len(os.sched_getaffinity(0)), "device": jax.devices()[0].device_kind, "jax": jax.__version__, "manifest": manifest.MANIFEST}
+    machine = {
+        "cores": len(os.sched_getaffinity(0)),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "manifest": manifest.MANIFEST,
+    }
     return {"machine": machine, "gibibytes": round(size / 2**30, 3), "rounds": rounds, **medians, **shares}
 
 

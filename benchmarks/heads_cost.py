@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import measuring
 
-from dip_jax.models import cost
-from dip_jax.models.dip import build, init_backbone
+from dip_jax.models import cost, starting
+from dip_jax.models.dip import build
 
 HEADS = ("none", "mlp", "attention", "coord_mlp", "unet")
 # Table 2: training cost in 8 x GPU hours, latency in seconds, GPU not named.
@@ -38,9 +38,10 @@ class Variant:
 def compile_variant(head: str, size: str, batch: int, backbone: dict) -> Variant:
     dtype = "float32" if measuring.on_cpu() else "bfloat16"
     model = build(f"DiP-{size}/16", head=head, dtype=dtype, head_remat=False, head_zero_init=False)
-    params = (
-        init_backbone(jax.jit(model.init)(jax.random.key(0)), backbone) if backbone else jax.jit(model.init)(jax.random.key(0))
-    )
+    params = jax.jit(model.init)(jax.random.key(0))
+    if backbone:
+        origin = starting.Origin(dataclasses.replace(model.config, head="none"), backbone)
+        params = starting.begin(params, origin, model=model.config, classes=())[0]
     x, t, y = inputs(batch)
 
     def loss(params, x, t, y):

@@ -24,14 +24,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from dip_jax.checkpoints import directories, items, manifest, orbax_logging
 from dip_jax.checkpoints.items import Record, read_record
-from dip_jax.config import Checkpoint, Config
+from dip_jax.config import Checkpoint, Config, Train
 from dip_jax.config.checks import one_of
 from dip_jax.errors import Exit, Interrupted, UserError
-from dip_jax.models import dip
+from dip_jax.models import dip, starting
 from dip_jax.runtime import distributed, storage
 from dip_jax.typing import Params
 
@@ -192,12 +193,28 @@ def load(path: epath.PathLike, *, weights: str = "ema", dtype: str | None = None
     model = dip.from_config(dataclasses.replace(record.config.model, dtype=dtype or record.config.model.dtype))
     if weights == "initial":
         params = jax.jit(model.init)(jax.random.key(record.config.train.seed))
-        origin = record.config.train.init_from
-        return model, dip.init_backbone(params, load(origin)[1]) if origin else params
+        if origin := read_origin(record.config.train):
+            started, _ = starting.begin(params, origin, model=model.config, classes=record.classes)
+            params = jax.tree.map(jnp.asarray, started)
+        return model, params
     params = jax.eval_shape(model.init, jax.random.key(0))
     if weights == "ema":
         return model, items.read_stored(path / "ema", params, stored=record.stored)
     return model, items.read_arrays(path / "state", {"params": params}, partial=True)["params"]
+
+
+def read_origin(train: Train) -> starting.Origin | None:
+    """The model whose weights a run starts from (`train.init_from`, `train.init_weights`); None where it starts from its seed.
+
+    Raises:
+        UserError: as `load`.
+    """
+    if not train.init_from:
+        return None
+    unread = ITEMS_UNREAD[train.init_weights]
+    path = directories.find(train.init_from, verify=True, report=distributed.say, unread=unread)
+    model, params = load(path, weights=train.init_weights, verify=False)
+    return starting.Origin(model.config, params, read_record(path).classes)
 
 
 def write_weights(workdir: epath.PathLike, params: Params, *, config: Config, step: int = 0) -> epath.Path:

@@ -11,7 +11,8 @@ class Train:
 
     steps: int = 800_729  # 160 epochs of ImageNet at batch 256
     seed: int = 0
-    init_from: str = ""  # checkpoint whose backbone a new run starts from (section 3.4); set by --init_from
+    init_from: str = ""  # checkpoint whose weights a new run starts from (section 3.4); set by --init_from
+    init_weights: str = "ema"  # of that checkpoint: ema (the average) | raw (the last update's); set by --init_weights
     log_every: int = 100
     sample_every: int = 5000  # a grid drawn from the EMA; 0 is never
     eval_every: int = 0  # a small FID of the EMA and of the last weights; 0 is never
@@ -22,4 +23,5 @@ class Train:
     def __post_init__(self):
         positive("train", self, "steps", "log_every", "bad_steps")
         not_negative("train", self, "seed", "sample_every", "eval_every", "watchdog_seconds")
+        one_of("train.init_weights", self.init_weights, ("ema", "raw"))
         one_of("train.on_bad_steps", self.on_bad_steps, ("rollback", "abort"))

@@ -33,8 +33,12 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     command_line.define_config(flags)
     absl_flags.DEFINE_string("workdir", None, "where checkpoints, metrics and images go", flag_values=flags)
     absl_flags.DEFINE_string(
-        "init_from", "", "checkpoint whose backbone a new run starts from, such as a DiT-only one", flag_values=flags
+        "init_from",
+        "",
+        "checkpoint whose weights a new run starts from: a DiT-only one, or one of other classes, image or patch size",
+        flag_values=flags,
     )
+    absl_flags.DEFINE_enum("init_weights", "ema", ("ema", "raw"), "which of that checkpoint's weights", flag_values=flags)
     absl_flags.DEFINE_list(
         "allow_change", [], "config keys that may differ from the workdir's, such as optim.learning_rate", flag_values=flags
     )
@@ -48,9 +52,8 @@ def run(flags: absl_flags.FlagValues) -> None:
     storage.require_folder_name(flags.workdir, flag="--workdir")
     config = command_line.read_config(flags)
     if flags.init_from:
-        config = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, init_from=str(storage.absolute(flags.init_from)))
-        )
+        start = {"init_from": str(storage.absolute(flags.init_from)), "init_weights": flags.init_weights}
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, **start))
     train(config, workdir=flags.workdir, allow_change=flags.allow_change)
 
 

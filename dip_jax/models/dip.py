@@ -28,9 +28,6 @@ from dip_jax.models.placement import PLACEMENTS, check_placement
 from dip_jax.runtime.sharding import constrain, is_axes
 from dip_jax.typing import Images, Labels, Params, PRNGKey, Times, Tokens
 
-_STACKS = ("blocks", "blocks_after")  # the second one only where a head sits between them
-_BACKBONE = ("condition", "patch_embed", *_STACKS, "final")
-
 
 class _Network(nn.Module):
     config: config.Model
@@ -122,40 +119,6 @@ class DiP:
 def _logical_axes(model: DiP) -> Any:
     boxes = jax.eval_shape(model._init_named, jax.random.key(0))
     return jax.tree.map(lambda box: box.axes, boxes, is_leaf=lambda node: isinstance(node, Named))
-
-
-def init_backbone(params: Params, backbone: Params) -> Params:
-    """Starts a model from the weights of another, such as a DiT-only checkpoint (section 3.4, "pre-trained DiT checkpoints").
-
-    Embeddings, blocks and, where both have one, the final layer come from `backbone`; heads stay as they are in `params`. Pure:
-    jit it, or call it on arrays that are already sharded.
-
-    Args:
-        params: of the model to train, from `init`.
-        backbone: of a model with the same depth, width, patch size and classes, from `checkpoint.load`; any head or placement.
-
-    Raises:
-        UserError: if a shape differs.
-    """
-    stacks = [backbone[name] for name in _STACKS if name in backbone]
-    blocks = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
-    source = {**backbone, "blocks": blocks}
-    if "blocks_after" in params:
-        first = jax.tree.leaves(params["blocks"])[0].shape[0]
-        source["blocks"] = jax.tree.map(lambda a: a[:first], blocks)
-        source["blocks_after"] = jax.tree.map(lambda a: a[first:], blocks)
-    shared = [name for name in _BACKBONE if name in params and name in source]
-    wrong = []
-    for name in shared:
-        new, old = (_shapes(tree[name]) for tree in (params, source))
-        wrong += [f"{name}{path}: {old.get(path)} instead of {shape}" for path, shape in new.items() if old.get(path) != shape]
-    if wrong:
-        raise UserError(f"the weights to start from do not fit this model: {'; '.join(wrong[:5])}")
-    return {**params, **{name: source[name] for name in shared}}
-
-
-def _shapes(tree: Any) -> dict[str, list[int]]:
-    return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def from_config(model: config.Model) -> DiP:

@@ -13,7 +13,7 @@ from dip_jax.checkpoints import checkpoint
 from dip_jax.config import Config, to_dict
 from dip_jax.data import order, pipeline
 from dip_jax.errors import Exit, Interrupted
-from dip_jax.models import dip
+from dip_jax.models import dip, starting
 from dip_jax.runtime import distributed, storage, writers
 from dip_jax.runtime.watchdog import Watchdog
 from dip_jax.training import bad_numbers, optim, pace, repa, showing, state, step, workload
@@ -49,7 +49,7 @@ class Run:
         self._digest = teacher.digest if teacher else None
         distributed.require_same({"repa.encoder SHA-256": self._digest})
         self._optimizer = optim.make_optimizer(config.optim, total_steps=config.train.steps)
-        self._backbone = None if found else self._read_backbone()
+        self._origin = None if found else self._read_origin()
         self._watchdog.beat(patience=_PATIENCE)
         aligned = {"alignment": self._alignment}
         self._shardings = state.state_shardings(self._model, self._optimizer, self._mesh, zero1=config.mesh.zero1, **aligned)
@@ -96,15 +96,16 @@ class Run:
             start_step=found.step if found else 0,
         )
 
-    def _read_backbone(self) -> Params | None:
+    def _read_origin(self) -> starting.Origin | None:
         """The weights of `train.init_from`, once they are seen to fit."""
-        origin = self._config.train.init_from
-        if not origin:
-            return None
-        backbone = checkpoint.load(origin)[1]
-        jax.eval_shape(dip.init_backbone, jax.eval_shape(self._model.init, jax.random.key(0)), backbone)
-        distributed.say(f"the backbone starts from {origin}")
-        return backbone
+        origin = checkpoint.read_origin(self._config.train)
+        if origin is not None:
+            said = self._begin(jax.eval_shape(self._model.init, jax.random.key(0)), origin)[1]
+            distributed.say(f"{said}: from {self._config.train.init_from}")
+        return origin
+
+    def _begin(self, params: Params, origin: starting.Origin) -> tuple[Params, str]:
+        return starting.begin(params, origin, model=self._config.model, classes=self._dataset.classes)
 
     def _start_from(self, found: checkpoint.Found | None) -> None:
         """Puts the state, the counters and the tables where the checkpoint (or the seed) says."""
@@ -125,8 +126,8 @@ class Run:
             self._state = state.init_sharded(
                 self._model, self._optimizer, self._config.train.seed, self._shardings, alignment=self._alignment
             )
-            if self._backbone is not None:
-                params = jax.device_put(dip.init_backbone(self._state.params, self._backbone), self._shardings.params)
+            if self._origin is not None:
+                params = jax.device_put(self._begin(self._state.params, self._origin)[0], self._shardings.params)
                 self._state = self._state.replace(params=params)
                 ema = jax.device_put(self._state.weights, self._shardings.ema, may_alias=False)
                 self._state = self._state.replace(ema=ema)
