@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and the exit codes a scheduler reads."""
+"""The one exception that means "the user can fix this", the exit codes a scheduler reads, and other errors in one line."""
 
 import enum
 
@@ -33,3 +33,16 @@ class Interrupted(Exception):
     def __init__(self, message: str, *, code: Exit):
         super().__init__(message)
         self.code = code
+
+
+def cause(error: BaseException) -> BaseException:
+    """The innermost cause of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def reason(error: BaseException) -> str:
+    """The innermost cause of an error in one line."""
+    error = cause(error)
+    return f"{type(error).__name__}: {error}".split("\n")[0][:300]

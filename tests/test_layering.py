@@ -33,6 +33,7 @@ FLOORS = {
 ONE_DOOR = {  # third-party module -> the only places that may import it
     "flax.linen": ("models.",),
     "orbax": ("checkpoints.items",),
+    "huggingface_hub": ("checkpoints.hub",),
     "tensorboardX": ("runtime.writers", "metrics."),
     "matplotlib": ("reporting.",),
     "grain": ("data.",),

@@ -31,7 +31,7 @@ from dip_jax.checkpoints import directories, items, manifest, orbax_logging
 from dip_jax.checkpoints.items import Record, read_record
 from dip_jax.config import Checkpoint, Config, Train
 from dip_jax.config.checks import one_of
-from dip_jax.errors import Exit, Interrupted, UserError
+from dip_jax.errors import Exit, Interrupted, UserError, cause, reason
 from dip_jax.models import dip, starting
 from dip_jax.runtime import distributed, storage
 from dip_jax.typing import Params
@@ -157,8 +157,8 @@ class Checkpoints:
     def _failure(self, error: BaseException) -> UserError | Interrupted:
         good = directories.complete(self.root)
         last = f"the last good one is step {good[-1]}" if good else "there is no earlier one"
-        failure = f"saving {self._current} failed ({items.reason(error)}); {last}"
-        if isinstance(items.cause(error), jax.errors.JaxRuntimeError):  # another process or a device is gone: no mending here
+        failure = f"saving {self._current} failed ({reason(error)}); {last}"
+        if isinstance(cause(error), jax.errors.JaxRuntimeError):  # another process or a device is gone: no mending here
             return Interrupted(f"{failure}; run the same command again", code=Exit.CRASH)
         return UserError(f"{failure}; mend this, then run the same command again")
 
@@ -175,7 +175,7 @@ def load(path: epath.PathLike, *, weights: str = "ema", dtype: str | None = None
     """A trained model and its weights; needs no config, mesh or optimizer.
 
     Args:
-        path: a workdir (its newest undamaged step is used), a step directory, or what `convert` wrote.
+        path: a workdir (its newest undamaged step is used), a step directory, what `convert` wrote, or `hf://OWNER/NAME`.
         weights: "ema" (what samples are drawn from), "raw" (the last update), "initial" (step 0, by seed and `init_from`).
         dtype: what the model computes in, "float32" or "bfloat16"; as it was trained where it is not given.
         verify: check by the manifest's hashes what will be read, first.

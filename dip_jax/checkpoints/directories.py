@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 
 from etils import epath
 
-from dip_jax.checkpoints import other_formats
+from dip_jax.checkpoints import hub, other_formats
 from dip_jax.checkpoints.manifest import COMMIT, SHA256, UNFINISHED, XXH128, damage, files_below, find_manifest
 from dip_jax.errors import UserError
 from dip_jax.runtime import storage, writers
@@ -116,7 +116,9 @@ def clean(root: epath.Path, *, unfinished: bool = True) -> None:
 
 
 def find(path: epath.PathLike, *, verify: bool, report: Callable[[str], None], unread: Collection[str] = ()) -> epath.Path:
-    """The step directory that a workdir, its `checkpoints` directory or a step directory stands for. Changes nothing on disk.
+    """The step directory that a workdir, its `checkpoints` directory or a step directory stands for, or an address on the hub.
+
+    Nothing is changed on disk but the hub's cache.
 
     Args:
         path: any of these.
@@ -127,6 +129,8 @@ def find(path: epath.PathLike, *, verify: bool, report: Callable[[str], None], u
     Raises:
         UserError: if there is none, or none is undamaged.
     """
+    if storage.is_on_hub(path):
+        return hub.fetch(path, verify=verify, unread=unread)
     path = storage.absolute(path)
     wanted = "give a workdir or one of its checkpoints/STEP directories"
     if not _is_dir(path):

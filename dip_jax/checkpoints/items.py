@@ -12,7 +12,7 @@ from etils import epath
 
 from dip_jax.checkpoints import mismatch
 from dip_jax.config import Config, from_dict, to_dict
-from dip_jax.errors import UserError
+from dip_jax.errors import UserError, reason
 
 FILE_BYTES = 2**26  # one file is hashed by one core: many of middling size keep all cores busy
 
@@ -95,16 +95,3 @@ def read_stored(item: epath.Path, target: Any, *, stored: str) -> Any:
     if there == target:
         return found
     return jax.jit(lambda tree: jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), tree, target))(found)
-
-
-def cause(error: BaseException) -> BaseException:
-    """The innermost cause."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def reason(error: BaseException) -> str:
-    """The innermost cause in one line."""
-    error = cause(error)
-    return f"{type(error).__name__}: {error}".split("\n")[0][:300]

@@ -43,14 +43,14 @@ Space*](https://github.com/NJU-PCALab/DiP). TODO: what it draws, in one sentence
 ```python
 import dip_jax
 
-model, params = dip_jax.load("{name}")
+model, params = dip_jax.load("{address}")
 images = dip_jax.sample(  # uint8 [{count}, {height}, {width}, 3]
     model, params, labels={labels}, seed=0, {options}
 )
 ```
 
 ```bash
-python -m dip_jax sample --checkpoint={name} --out=samples.png
+python -m dip_jax sample --checkpoint={address} --out=samples.png
 ```
 
 ## Model
@@ -71,7 +71,7 @@ python -m dip_jax sample --checkpoint={name} --out=samples.png
 
 ## Numbers
 
-TODO: metric, number of samples, reference and command of each. `python -m dip_jax evaluate --workdir={name} --reference=...`
+TODO: metric, number of samples, reference and command (`python -m dip_jax evaluate ...`) of each.
 
 ## Limits, data and licence
 
@@ -80,7 +80,14 @@ TODO: what it must not be used for, where the images come from, under which lice
 
 
 def write_release(
-    out: epath.PathLike, params: Params, record: items.Record, *, step: int, weights: str = "ema", dtype: str = "float32"
+    out: epath.PathLike,
+    params: Params,
+    record: items.Record,
+    *,
+    step: int,
+    weights: str = "ema",
+    dtype: str = "float32",
+    address: str = "",
 ) -> epath.Path:
     """Writes a release folder, whole or not at all; returns it.
 
@@ -92,6 +99,7 @@ def write_release(
         weights: which of them they are ("ema", "raw"), for the card.
         dtype: what they are stored in, "float32" or "bfloat16" (half the bytes, each weight rounded to 8 bits); `load` gives
             float32 either way.
+        address: what the card's commands name, where that is another than the folder's name.
 
     Raises:
         UserError: if the folder exists already or cannot be written, or the disk is full.
@@ -111,7 +119,8 @@ def write_release(
 
     def before_commit() -> None:
         there = manifest.unfinished(out)
-        storage.write_text(there / "README.md", describe(public, name=out.name, step=step, weights=weights, params=params))
+        card = describe(public, name=out.name, address=address or out.name, step=step, weights=weights, params=params)
+        storage.write_text(there / "README.md", card)
         manifest.write_manifest(out, name=manifest.SHA256)  # known to every machine, and no forgery passes it
 
     with items.open_writer(before_commit) as writer:
@@ -147,7 +156,7 @@ def _name_dataset(path: str) -> str:
     return path if name == path else f"{_DATASETS}/{name}"
 
 
-def describe(record: items.Record, *, name: str, step: int, weights: str, params: Params) -> str:
+def describe(record: items.Record, *, name: str, address: str, step: int, weights: str, params: Params) -> str:
     """The model card as Markdown: what is known, and TODO where only a person knows."""
     config, model = record.config, record.config.model
     count = sum(x.size for x in jax.tree.leaves(params))
@@ -174,7 +183,7 @@ def describe(record: items.Record, *, name: str, step: int, weights: str, params
     }
     return _CARD.format(
         title=name.replace("_", " "),
-        name=name,
+        address=address,
         labels=labels,
         count=len(labels),
         height=height,

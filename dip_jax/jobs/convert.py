@@ -6,6 +6,7 @@ Examples:
   python -m dip_jax convert --from=ddt --checkpoint=dit_xl.safetensors --image_size=256 --out=runs/dit
   python -m dip_jax convert --to=dip-pytorch --checkpoint=runs/dip --out=dip_xl.pth
   python -m dip_jax convert --to=release --checkpoint=runs/dip --dtype=bfloat16 --out=dip_xl
+  python -m dip_jax convert --to=release --checkpoint=runs/dip --dtype=bfloat16 --out=hf://OWNER/dip_xl
 
 dip: the DiP that its authors published.
 pixnerd: PixNerd's class-conditional pixel models, which become DiP with the coordinate-MLP head.
@@ -16,12 +17,15 @@ the file pickles is executed; a missing, extra or mis-shaped tensor is an error 
 --to writes what the published code takes by `network.load_state_dict(torch.load(FILE, weights_only=True), strict=True)`, in the
 format of torch, for which it needs no other library. --to=safetensors holds the same tensors, of whichever network it is.
 Both are float32, are read back by this command to the same bits, and have the config beside them as FILE.json.
+--checkpoint may be an address on the Hugging Face Hub, hf://OWNER/NAME[/PATH][@REVISION] (pip install huggingface_hub).
 --to=release makes a folder to hand out: averaged weights, config, SHA-256 of both, and a model card to complete. It is what
 dip_jax.load, sample --checkpoint and evaluate --workdir read. --dtype=bfloat16 stores the weights in half the bytes.
+With --out=hf://OWNER/NAME[/PATH][@BRANCH] it is given to the hub.
 """
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -31,7 +35,7 @@ from etils import epath
 
 from dip_jax import config
 from dip_jax.checkpoints import checkpoint as checkpoints
-from dip_jax.checkpoints import directories, release, torch_file, torch_names, torch_writing
+from dip_jax.checkpoints import directories, hub, release, torch_file, torch_names, torch_writing
 from dip_jax.checkpoints.torch_tables import NETWORKS
 from dip_jax.data import prepared
 from dip_jax.errors import UserError
@@ -97,8 +101,15 @@ def run(flags: absl_flags.FlagValues) -> None:
             f"{', '.join(misplaced)} cannot stand beside --to={flags.to}, which writes the tensors of a checkpoint as they are"
         )
     if flags.to == RELEASE:
+        options = {"weights": flags.weights, "dtype": dtype or "float32"}
+        if storage.is_on_hub(flags.out):
+            page = give_release(flags.checkpoint, out=flags.out, **options)
+            print(
+                f"{page}: a repository made just now is private; complete its README.md, which has a TODO where it cannot know"
+            )
+            return
         storage.require_folder_name(flags.out, flag="--out")
-        path = make_release(flags.checkpoint, out=flags.out, weights=flags.weights, dtype=dtype or "float32")
+        path = make_release(flags.checkpoint, out=flags.out, **options)
         print(
             f"{path}: {flags.weights} weights, config and hashes; complete its README.md, which has a TODO where it cannot know"
         )
@@ -108,15 +119,16 @@ def run(flags: absl_flags.FlagValues) -> None:
 
 
 def make_release(
-    checkpoint: epath.PathLike, *, out: epath.PathLike, weights: str = "ema", dtype: str = "float32"
+    checkpoint: epath.PathLike, *, out: epath.PathLike, weights: str = "ema", dtype: str = "float32", address: str = ""
 ) -> epath.Path:
     """Writes a checkpoint's weights as a release (`checkpoints/release.py`); returns its folder.
 
     Args:
-        checkpoint: a workdir, one of its steps, or what `convert` wrote.
+        checkpoint: a workdir, one of its steps, what `convert` wrote, or a release on a hub.
         out: the folder to make.
         weights: "ema" or "raw".
         dtype: what the weights are stored in, "float32" or "bfloat16".
+        address: where it will be loaded from, for the card; the folder's name where it is not given.
 
     Raises:
         UserError: as `load` and `release.write_release`.
@@ -127,7 +139,24 @@ def make_release(
     _, params = checkpoints.load(path, weights=weights, verify=False)
     record = dataclasses.replace(record, classes=record.classes or _dataset_classes(record.config))
     step = int(path.name) if path.name.isdecimal() else 0
-    return release.write_release(out, params, record, step=step, weights=weights, dtype=dtype)
+    return release.write_release(out, params, record, step=step, weights=weights, dtype=dtype, address=address)
+
+
+def give_release(checkpoint: epath.PathLike, *, out: str, weights: str = "ema", dtype: str = "float32") -> str:
+    """`make_release`, given to the hub in one commit; returns the commit's page.
+
+    Args:
+        out: an address, `hf://OWNER/NAME[/PATH][@BRANCH]`.
+
+    Raises:
+        UserError: as `make_release` and `checkpoints/hub.py`; the hub is asked before anything is written.
+    """
+    place = hub.parse(out)
+    hub.prepare_upload(out)
+    with tempfile.TemporaryDirectory() as folder:
+        name = (place.path or place.repo).split("/")[-1]
+        path = make_release(checkpoint, out=epath.Path(folder) / name, weights=weights, dtype=dtype, address=out)
+        return hub.upload(path, out)
 
 
 def _dataset_classes(run: config.Config) -> tuple[str, ...]:
@@ -158,7 +187,7 @@ def convert(
 
     Args:
         source: row of NETWORKS; None is told by the names of the tensors.
-        checkpoint: the file.
+        checkpoint: the file, or its address on the hub.
         out: the directory to make.
         weights: "ema" or "raw", of a file that holds both.
         image_size: side of the images, or (H, W), multiples of the patch size; None is 16 patches.
@@ -168,6 +197,8 @@ def convert(
         UserError: for an unreadable file, tensors that do not fit, an image size that the patch size does not divide, or an
             `out` that holds a checkpoint already.
     """
+    if storage.is_on_hub(checkpoint):
+        checkpoint = hub.fetch_file(checkpoint)
     if epath.Path(checkpoint).is_dir():
         raise UserError(f"--checkpoint={checkpoint} is a directory: name a file to read, or --to=... to write one from it")
     tensors = torch_file.read_tensors(checkpoint)

@@ -136,6 +136,7 @@ def run(flags: absl_flags.FlagValues) -> None:
     """The command. Of several hosts all draw; the first alone judges and writes while the others wait."""
     if bool(flags.workdir) == all(flags.samples or [""]):  # an empty name is none
         raise UserError("name one of --samples=FILE.npz (or a folder) and --workdir=DIR")
+    storage.require_no_hub(flags.workdir or "", flag="--workdir")
     if flags.out is not None:
         storage.require_file_name(flags.out, flag="--out", suffix=".json")
     distributed.start()

@@ -80,7 +80,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     """The command's flags."""
     own = {"flag_values": flags}
     absl_flags.DEFINE_string("workdir", None, "run whose newest checkpoint is used", **own)
-    absl_flags.DEFINE_string("checkpoint", None, "instead: one step directory, or what `convert` wrote", **own)
+    absl_flags.DEFINE_string("checkpoint", None, "instead: one step directory, what `convert` wrote, or hf://OWNER/NAME", **own)
     absl_flags.DEFINE_string("out", None, "FILE.png (a row per class), FILE.npz (ADM's format) or a directory of PNGs", **own)
     absl_flags.DEFINE_integer("num_samples", 64, "images to draw", lower_bound=1, **own)
     absl_flags.DEFINE_integer("classes", None, "draw classes 0..N-1, interleaved; default: all classes", **own)

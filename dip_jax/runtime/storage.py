@@ -16,6 +16,28 @@ _FILES = re.compile(
 )
 
 
+HUB = (
+    "hf://"  # what addresses on the Hugging Face Hub begin with: whole releases are fetched and given there, nothing is written
+)
+
+
+def is_on_hub(path: epath.PathLike) -> bool:
+    """True for an address on the Hugging Face Hub (`checkpoints/hub.py`)."""
+    return os.fspath(path).startswith(HUB)
+
+
+def require_no_hub(path: epath.PathLike, *, flag: str) -> None:
+    """Checks that what will be written to is no address on a hub.
+
+    Raises:
+        UserError: if it is.
+    """
+    if is_on_hub(path):
+        raise UserError(
+            f"{flag}={os.fspath(path)} cannot be written to: a hub holds whole releases, name a directory or a bucket"
+        )
+
+
 def is_local(path: epath.PathLike) -> bool:
     """True where the path lies on a file system that renames atomically; False for a bucket (gs://, s3://)."""
     return "://" not in os.fspath(path)
@@ -74,12 +96,13 @@ def require_file_name(path: epath.PathLike, *, flag: str, suffix: str) -> None:
 
 
 def require_folder_name(path: epath.PathLike, *, flag: str) -> None:
-    """Checks that an output can be a directory: that no file has that name, and that it is not named like one.
+    """Checks that an output can be a directory: that no file has that name, that it is not named like one, nor on a hub.
 
     Raises:
         UserError: if not.
     """
     name = os.fspath(path)
+    require_no_hub(path, flag=flag)
     if suffix := suffix_of(name):
         raise UserError(f"{flag}={name} is to be a directory: name it without {suffix}")
     if absolute(path).is_file():
