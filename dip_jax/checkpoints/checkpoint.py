@@ -158,6 +158,8 @@ class Checkpoints:
         good = directories.complete(self.root)
         last = f"the last good one is step {good[-1]}" if good else "there is no earlier one"
         failure = f"saving {self._current} failed ({reason(error)}); {last}"
+        if isinstance(error, TimeoutError):
+            failure += "; --save_seconds says how long it may take"
         if isinstance(cause(error), jax.errors.JaxRuntimeError):  # another process or a device is gone: no mending here
             return Interrupted(f"{failure}; run the same command again", code=Exit.CRASH)
         return UserError(f"{failure}; mend this, then run the same command again")

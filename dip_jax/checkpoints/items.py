@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from etils import epath
 from dip_jax.checkpoints import mismatch
 from dip_jax.config import Config, from_dict, to_dict
 from dip_jax.errors import UserError, reason
+from dip_jax.runtime import membership
 
 FILE_BYTES = 2**26  # one file is hashed by one core: many of middling size keep all cores busy
 
@@ -50,8 +52,12 @@ def read_record(path: epath.Path) -> Record:
 
 
 def open_writer(before_commit: Callable[[], None]) -> ocp.AsyncCheckpointer:
-    """Writes in the background what `compose` made; `before_commit` is called when the last file of all hosts is there."""
-    options = ocp.AsyncOptions(post_finalization_callback=before_commit)
+    """Writes in the background what `compose` made; `before_commit` is called when the last file of all hosts is there.
+
+    A save of more than `--save_seconds` fails with a TimeoutError.
+    """
+    patience = membership.find_patience(os.environ)
+    options = ocp.AsyncOptions(timeout_secs=patience.save, post_finalization_callback=before_commit)
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
 

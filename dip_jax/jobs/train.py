@@ -113,6 +113,7 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         distributed.on_main(lambda: (storage.require_writable(workdir), lock.acquire()))
         stack.callback(lock.release)
         stack.callback(_leave_no_trace, workdir)
+        distributed.require_shared(workdir, flag="--workdir")
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
         stack.callback(checkpoints.close)
         job = loop.Run(config, workdir, mesh, dataset, signals, checkpoints)
@@ -132,6 +133,7 @@ def _leave_no_trace(workdir: epath.Path) -> None:
     if not distributed.is_main() or not storage.is_local(workdir) or (workdir / "config.json").exists():
         return
     with contextlib.suppress(OSError):  # not empty: something is in there that is not ours to judge
-        os.rmdir(workdir / directories.ROOT)  # epath's would look first and then delete whatever is there
+        with contextlib.suppress(FileNotFoundError):  # the start did not come that far
+            os.rmdir(workdir / directories.ROOT)  # epath's would look first and then delete whatever is there
         os.unlink(workdir / "lock")
         os.rmdir(workdir)

@@ -14,7 +14,7 @@ from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.runtime import membership
 
-_PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id", "join_seconds", "heartbeat_seconds")
+_PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id", "join_seconds", "heartbeat_seconds", "save_seconds")
 
 
 def define_config(values: flags.FlagValues) -> None:
@@ -28,7 +28,7 @@ def define_processes(values: flags.FlagValues) -> None:
         "coordinator_address",
         None,
         "HOST:PORT of process 0, for a run of several processes that neither SLURM, Open MPI nor a TPU machine describes; also "
-        "JAX_COORDINATOR_ADDRESS in the environment, as for the next four",
+        "JAX_COORDINATOR_ADDRESS in the environment, as for the next five",
         flag_values=values,
     )
     flags.DEFINE_integer("num_processes", None, "how many processes make the run", lower_bound=1, flag_values=values)
@@ -37,6 +37,7 @@ def define_processes(values: flags.FlagValues) -> None:
     for name, seconds, meaning in (
         ("join_seconds", usual.join, "how long a process waits at the start for the others"),
         ("heartbeat_seconds", usual.heartbeat, "how long for a sign of life of another one, before it ends"),
+        ("save_seconds", usual.save, "how long a checkpoint may take to be written by all"),
     ):
         flags.DEFINE_integer(name, None, f"{meaning}; {seconds} where not given", lower_bound=1, flag_values=values)
 

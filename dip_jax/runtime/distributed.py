@@ -6,20 +6,25 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from dip_jax.errors import Exit, Interrupted, UserError
+from dip_jax.runtime import storage
 from dip_jax.runtime.membership import FLAGS, Membership, Patience, explain_loopback, find_membership, find_patience
 
 T = TypeVar("T")
+_SIGHT = 30.0  # seconds within which a shared file system or a mounted bucket shows a new file
 _COLLECTIVE_TIMEOUT = "--xla_cpu_collective_timeout_seconds"
 
 
@@ -60,6 +65,7 @@ def _join(*, on_tpu: bool) -> None:
     if _COLLECTIVE_TIMEOUT not in os.environ.get("XLAFLAGS", ""):  # half an hour would be too short for who waits for others
         os.environ["XLAFLAGS"] = f"{os.environ.get('XLAFLAGS', '')} {_COLLECTIVE_TIMEOUT}={30 * 24 * 3600}".strip()
     options: dict[str, Any] = {"initialization_timeout": 2 * patience.join, "heartbeat_timeout_seconds": patience.heartbeat}
+    options["shutdown_timeout_seconds"] = max(300, patience.save)  # who is done waits for who still writes
     if member:
         options |= {"coordinator_address": member.address, "num_processes": member.count, "process_id": member.index}
         options |= {"local_device_ids": member.devices, "cluster_detection_method": "deactivate"}
@@ -176,6 +182,39 @@ def require_same(facts: Mapping[str, Any]) -> None:
     differing = [key for key in {**first, **other} if first.get(key) != other.get(key)]
     shown = "; ".join(f"{key}: {first.get(key)} in process 0, {other.get(key)} in process {others[0]}" for key in differing[:5])
     raise UserError(f"processes {others} differ from process 0 in {shown}: start every process with the same command")
+
+
+def require_shared(folder: epath.Path, *, flag: str) -> None:
+    """Checks that all see the same folder: process 0 writes a file there that the others must find. All must call it.
+
+    Args:
+        folder: exists and can be written, as process 0 sees it.
+        flag: that named it, for the message.
+
+    Raises:
+        UserError: in every process, where one does not find the file within `_SIGHT` seconds.
+    """
+    if count() == 1:
+        return
+    mark = folder / f".shared-{agree(secrets.randbits(31)):08x}"
+    on_main(lambda: storage.write_text(mark, ""))
+    blind = np.flatnonzero(multihost_utils.process_allgather(np.int32(not _appears(mark)))).tolist()
+    if is_main():
+        mark.unlink()
+    if blind:
+        raise UserError(
+            f"{flag}={folder} is not one place: processes {blind} do not see what process 0 "
+            "writes there; name a directory of a shared file system, or a bucket (gs://...)"
+        )
+
+
+def _appears(path: epath.Path) -> bool:
+    end = time.monotonic() + _SIGHT
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _flatten(facts: Any, prefix: str = "") -> dict[str, str]:

@@ -8,8 +8,8 @@ Who is who is found in this order:
 A flag sets the environment variable JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES or JAX_PROCESS_ID, for a launcher (such as
 Kubernetes) or a notebook that would rather set these.
 With none of these a process works alone.
-How patient they are with each other is told alike: --join_seconds and --heartbeat_seconds, or JAX_JOIN_SECONDS and
-JAX_HEARTBEAT_SECONDS.
+How patient they are with each other is told alike: --join_seconds, --heartbeat_seconds and --save_seconds, or JAX_JOIN_SECONDS,
+JAX_HEARTBEAT_SECONDS and JAX_SAVE_SECONDS.
 """
 
 import dataclasses
@@ -40,6 +40,7 @@ class Patience:
 
     join: int = 60  # for the others at the start; JAX alone waits five minutes
     heartbeat: int = 30  # for a sign of life of a peer, before it ends itself so that the launcher can restart all
+    save: int = 1200  # until a checkpoint is written by all, before the save counts as failed
 
 
 def find_patience(environment: Mapping[str, str]) -> Patience:

@@ -167,7 +167,7 @@ class Run:
                 if not self._watch.streak:  # a rollback must reach back to before the trouble
                     self._save()
             self._show()
-        self._checkpoints.wait()
+        self._await_save()
         distributed.say(f"finished: {self._step} steps in {self._workdir}")
 
     def _stop_if_asked(self) -> None:
@@ -179,8 +179,12 @@ class Run:
         if self._step == 0:
             raise Interrupted(f"no step was done in {self._workdir} yet: run the same command again to begin", code=asked)
         self._save()
-        self._checkpoints.wait()
+        self._await_save()
         raise Interrupted(f"saved step {self._step} in {self._workdir}: run the same command again to go on", code=asked)
+
+    def _await_save(self) -> None:
+        self._watchdog.beat(patience=_PATIENCE)
+        self._checkpoints.wait()
 
     def _settle(self) -> None:
         """Fetches the metrics of the step before, so that the devices never wait for the host, and writes its row."""

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit on any mesh, damage is seen, misfits are named."""
 
+import asyncio
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from places import ROOT
 
 from dip_jax import config
-from dip_jax.checkpoints import checkpoint, directories, manifest
+from dip_jax.checkpoints import checkpoint, directories, items, manifest
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
 from dip_jax.runtime import sharding, storage
@@ -285,6 +286,21 @@ def test_failed_save_stops_at_the_next_check_with_the_last_good_step(tmp_path, t
     checkpoints.save(2, trained, RECORD)
     checkpoints.close()
     assert directories.complete(epath.Path(tmp_path / "checkpoints")) == [1, 2]
+
+
+def test_a_save_that_takes_too_long_names_the_flag(tmp_path, trained, monkeypatch):
+    write = items.ocp.JsonCheckpointHandler._save_fn
+
+    async def slow(self, *arguments):
+        await asyncio.sleep(5)  # it counts from when the arrays are copied
+        await write(self, *arguments)
+
+    monkeypatch.setattr(items.ocp.JsonCheckpointHandler, "_save_fn", slow)
+    monkeypatch.setenv("JAX_SAVE_SECONDS", "1")
+    with pytest.raises(UserError, match=r"saving .*1 failed \(TimeoutError.*; --save_seconds says how long it may take"):
+        saved(tmp_path / "soon", trained, 1)
+    monkeypatch.setenv("JAX_SAVE_SECONDS", "60")
+    assert saved(tmp_path / "later", trained, 1).find().step == 1
 
 
 def test_a_save_that_another_process_spoils_is_no_mistake_of_the_user(tmp_path, trained, monkeypatch):

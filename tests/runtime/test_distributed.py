@@ -52,11 +52,18 @@ def test_flags_of_every_job_go_before_the_environment(monkeypatch, capsys, comma
     job = importlib.import_module(f"dip_jax.jobs.{command}")
     job.define_flags(values)
     required = ["--source=photo_crops", "--out=x"] if command == "prepare" else []
-    argv = [*required, "--coordinator_address=head:4321", "--num_processes=3", "--process_id=0", "--join_seconds=150"]
+    argv = [
+        *required,
+        "--coordinator_address=head:4321",
+        "--num_processes=3",
+        "--process_id=0",
+        "--join_seconds=150",
+        "--save_seconds=7",
+    ]
     monkeypatch.setenv("JAX_JOIN_SECONDS", "20")
     monkeypatch.setenv("JAX_HEARTBEAT_SECONDS", "90")
     command_line.parse(values, command, argv)
-    assert find_patience(os.environ) == Patience(join=150, heartbeat=90)
+    assert find_patience(os.environ) == Patience(join=150, heartbeat=90, save=7)
     assert find_membership(os.environ) == Membership("head:4321", 3, 0, (1,))
     assert main([command, *required, "--process_id=-1"]) == Exit.USER_ERROR
     assert "process_id" in capsys.readouterr().err
@@ -108,7 +115,7 @@ def test_what_makes_no_sense(changed, words):
 
 
 def test_patience():
-    assert find_patience({}) == find_patience({"JAX_JOIN_SECONDS": ""}) == Patience(join=60, heartbeat=30)
+    assert find_patience({}) == find_patience({"JAX_JOIN_SECONDS": ""}) == Patience(join=60, heartbeat=30, save=1200)
     for text in ("0", "-5", "1.5", "soon"):
         with pytest.raises(UserError, match=f"--join_seconds={text} must be a whole number of seconds, such as 60"):
             find_patience({"JAX_JOIN_SECONDS": text})

@@ -122,6 +122,38 @@ def test_data_that_one_host_lacks_ends_all(nursery, dataset, tmp_path):
 
 
 @pytest.mark.slow
+def test_workdirs_that_are_not_one_place_end_both_at_once_and_leave_nothing(nursery, dataset, tmp_path):
+    """As where every host has a disk of its own under the same name."""
+    mine, common = harness.tiny_config(dataset), harness.membership(2) | {"XLA_FLAGS": harness.flags(1)}
+    begin = time.monotonic()
+    places = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    pair = [nursery.start(mine, place, environment=common | {"JAX_PROCESS_ID": str(i)}) for i, place in enumerate(places)]
+    assert [child.wait(90) for child in pair] == [Exit.USER_ERROR] * 2, pair[0].log + pair[1].log
+    print(f"both ended after {time.monotonic() - begin:.0f} s")
+    assert time.monotonic() - begin < 60
+    for child, place in zip(pair, places, strict=True):
+        assert f"--workdir={place} is not one place: processes [1] do not see what process 0 writes there" in child.log
+        assert "Traceback" not in child.log
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()] and not any(place.exists() for place in places)
+
+
+@pytest.mark.campaign
+def test_a_host_150_s_late_needs_the_flag(nursery, dataset, tmp_path):
+    mine = harness.tiny_config(dataset, train__steps=2)
+    for name, patience, code in (("raised", {"JAX_JOIN_SECONDS": "300"}, Exit.DONE), ("usual", {}, Exit.CRASH)):
+        common = harness.membership(2) | {"XLA_FLAGS": harness.flags(1)} | patience
+        first = nursery.start(mine, tmp_path / name, environment=common | {"JAX_PROCESS_ID": "0"})
+        first.pause(150)
+        second = nursery.start(mine, tmp_path / name, environment=common | {"JAX_PROCESS_ID": "1"})
+        codes = [child.wait(300) for child in (first, second)]
+        print(f"{name}: {codes}\n{first.log}{second.log}")
+        assert codes == [code] * 2
+    for child, index in ((first, 0), (second, 1)):
+        (line,) = [line for line in child.log.splitlines() if line.startswith("dip_jax: ")]
+        assert f"process {index} of 2 waited 60 s for the others" in line and "--join_seconds=180 waits longer" in line
+
+
+@pytest.mark.slow
 def test_a_second_launch_into_a_workdir_is_refused(nursery, dataset, tmp_path):
     mine = harness.tiny_config(dataset, train__steps=100_000)
     first = nursery.start_several(2, mine, tmp_path / "run", fault="slow_steps")
