@@ -33,7 +33,7 @@ from dip_jax.config import Checkpoint, Config, Train
 from dip_jax.config.checks import one_of
 from dip_jax.errors import Exit, Interrupted, UserError, cause, reason
 from dip_jax.models import dip, starting
-from dip_jax.runtime import distributed, storage
+from dip_jax.runtime import distributed, sharding, storage
 from dip_jax.typing import Params
 
 ITEMS_UNREAD = {"ema": ("state",), "raw": ("ema",), "initial": ("state", "ema")}  # by weights of `load`
@@ -107,8 +107,9 @@ class Checkpoints:
         Raises:
             UserError: if names, shapes or dtypes differ from the target, listing leaves.
         """
-        ema = items.read_arrays(found.path / "ema", target.ema)
-        return target.replace(**items.read_arrays(found.path / "state", _state(target), partial=partial), ema=ema)
+        read = _read_together if self._options.read_once else items.read_arrays
+        ema = read(found.path / "ema", target.ema)
+        return target.replace(**read(found.path / "state", _state(target), partial=partial), ema=ema)
 
     def save(self, step: int, state: Any, record: Record) -> None:
         """Starts a save and returns once the arrays are copied off the devices. Does nothing where the step exists.
@@ -234,6 +235,20 @@ def write_weights(workdir: epath.PathLike, params: Params, *, config: Config, st
     with items.open_writer(lambda: manifest.write_manifest(path)) as writer:
         writer.save(path, args=items.compose({"ema": params}, Record(config, {})))
     return path
+
+
+def _read_together(item: epath.Path, target: Any, *, partial: bool = False) -> Any:
+    """As `items.read_arrays`; of hosts that hold the same array each reads a part, and has the others' over the network."""
+    leaves, tree = jax.tree.flatten(target)
+    parts = [sharding.split_over_hosts(leaf) for leaf in leaves]
+    targets = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=part) for leaf, part in zip(leaves, parts, strict=True)]
+    read = jax.tree.leaves(items.read_arrays(item, tree.unflatten(targets), partial=partial))
+    split = [number for number, leaf in enumerate(leaves) if parts[number] is not leaf.sharding]
+    if split:
+        gather = jax.jit(lambda *arrays: arrays, out_shardings=tuple(leaves[number].sharding for number in split))
+        for number, whole in zip(split, gather(*(read[number] for number in split)), strict=True):
+            read[number] = whole
+    return tree.unflatten(read)
 
 
 def _state(state: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ class Checkpoint:
     keep_every: int = 0  # steps divisible by this stay for ever; 0 keeps none
     keep_best: str = ""  # fid | sfid | is | precision | recall: the step best by this metric of eval.jsonl stays too
     verify: bool = True  # check the manifest's hashes before a restore
+    read_once: bool = True  # of hosts that hold the same, each reads a part and sends it to the others; False: each reads all
 
     def __post_init__(self):
         positive("checkpoint", self, "every_steps", "keep_last")

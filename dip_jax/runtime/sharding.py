@@ -13,8 +13,9 @@ Example:
 import contextlib
 import contextvars
 import difflib
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from dip_jax.errors import UserError
 from dip_jax.typing import Axes
 
 AXES = ("data", "fsdp", "tensor")
+_HOSTS = "hosts"  # beside these, of `split_over_hosts`
 
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
@@ -181,6 +183,35 @@ def _divisible(partition: PartitionSpec, shape: Sequence[int], mesh_shape: Mappi
         return math.prod(mesh_shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
 
     return PartitionSpec(*(entry if size % ways(entry) == 0 else None for entry, size in zip(partition, shape, strict=True)))
+
+
+def split_over_hosts(
+    array: jax.ShapeDtypeStruct, *, host_of: Callable[[jax.Device], int] = lambda device: device.process_index
+) -> NamedSharding:
+    """Where groups of hosts hold the same array, a sharding by which each holds a part of it: what to read it onto.
+
+    The array's own sharding where no two groups hold the same, or their number divides no dimension. The devices are the same
+    in the same order, so that one jitted identity makes the one of the other.
+
+    Args:
+        array: with a sharding on a mesh of `make_mesh`.
+        host_of: by which devices belong together.
+    """
+    placed = array.sharding
+    mesh = placed.mesh
+    rows = [{host_of(device) for device in row.flat} for row in mesh.devices]  # along data
+    groups, lengths = zip(*((hosts, len(list(run))) for hosts, run in itertools.groupby(rows)), strict=True)
+    apart = sum(map(len, groups)) == len(set().union(*groups)) and len(set(lengths)) == 1
+    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in placed.spec]
+    entries += [()] * (array.ndim - len(entries))
+    if len(groups) == 1 or not apart or any(AXES[0] in axes for axes in entries):
+        return placed
+    for dim, axes in enumerate(entries):
+        if array.shape[dim] % (len(groups) * math.prod(mesh.shape[axis] for axis in axes)) == 0:
+            devices = mesh.devices.reshape(len(groups), -1, *mesh.devices.shape[1:])
+            split = jax.sharding.Mesh(devices, (_HOSTS, *AXES), axis_types=(AxisType.Auto,) * 4)
+            return NamedSharding(split, PartitionSpec(*entries[:dim], (*axes, _HOSTS), *entries[dim + 1 :]))
+    return placed
 
 
 def is_axes(node: Any) -> bool:

@@ -288,6 +288,27 @@ def test_failed_save_stops_at_the_next_check_with_the_last_good_step(tmp_path, t
     assert directories.complete(epath.Path(tmp_path / "checkpoints")) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "mesh", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}, {"data": 8, "zero1": True}], ids=str
+)
+def test_hosts_read_parts_and_have_the_rest_from_each_other(pristine, trained, monkeypatch, mesh):
+    target = abstract(config.Mesh(**mesh))
+    first = jax.tree.leaves(target)[0].sharding.mesh
+    owner = {device: number // 4 for number, device in enumerate(first.devices.flat)}
+    wanted, read = [], items.read_arrays
+    split = functools.partial(sharding.split_over_hosts, host_of=owner.get)
+    monkeypatch.setattr(checkpoint.sharding, "split_over_hosts", split)
+    monkeypatch.setattr(items, "read_arrays", lambda item, target, **kw: wanted.append(target) or read(item, target, **kw))
+    checkpoints = checkpoint.Checkpoints(pristine, config.Checkpoint())
+    with jax.set_mesh(first):
+        restored = checkpoints.restore(checkpoints.find(), target)
+    checkpoints.close()
+    assert same(restored, trained)
+    jax.tree.map(lambda x, t: np.testing.assert_(x.sharding == t.sharding), restored, target)
+    parts = [leaf for leaf in jax.tree.leaves(wanted) if "hosts" in leaf.sharding.mesh.axis_names]
+    assert len(parts) > (0 if "zero1" in mesh else len(jax.tree.leaves(target)) / 2)
+
+
 def test_a_save_that_takes_too_long_names_the_flag(tmp_path, trained, monkeypatch):
     write = items.ocp.JsonCheckpointHandler._save_fn
 

@@ -3,6 +3,7 @@
 CI runs a reduced set (`--slow`). All topologies: `bash launch/test.sh --slow --campaign -s tests/runtime/test_hosts.py`.
 """
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -119,6 +120,25 @@ def test_data_that_one_host_lacks_ends_all(nursery, dataset, tmp_path):
     pair = nursery.start_several(2, harness.tiny_config(dataset), tmp_path / "run", fault="no_data_on_host_1")
     ended(pair, "another process stopped")
     assert "no such dataset here" in pair[1].log
+
+
+@pytest.mark.slow
+def test_two_hosts_read_a_checkpoint_once_between_them(nursery, dataset, tmp_path):
+    """Each a half of what both hold; the arrays are those that each would have read for itself."""
+    run = harness.tiny_config(dataset, train__steps=2, model__width=256)
+    finish(nursery.start_several(2, run, tmp_path / "run", devices=2))
+    stored = sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoints" / "2").rglob("*/d/*"))
+    found = {}
+    for once in (True, False):
+        values = config.to_dict(dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, read_once=once)))
+        pair = nursery.call("restore", values, str(tmp_path / "run"), count=2, devices=2)
+        finish(pair)
+        lines = [next(line for line in child.log.splitlines() if line.startswith("{")) for child in pair]
+        found[once] = [json.loads(line) for line in lines]
+        print(f"read_once={once}: {[row['bytes'] for row in found[once]]} of {stored} bytes")
+    assert len({row["digest"] for rows in found.values() for row in rows}) == 1
+    assert all(row["bytes"] > 0.9 * stored for row in found[False])
+    assert all(row["bytes"] < 0.6 * stored for row in found[True])
 
 
 @pytest.mark.slow

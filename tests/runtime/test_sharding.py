@@ -112,3 +112,53 @@ def test_what_does_not_divide_stays_whole():
 def test_rank_must_match():
     with pytest.raises(ValueError, match="2 logical axes"):
         sharding.constrain(jnp.zeros(3), "batch", "tokens")
+
+
+def array_on(mesh: jax.sharding.Mesh, shape, *entries) -> jax.ShapeDtypeStruct:
+    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*entries))
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=placed)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "hosts", "shape", "entries", "parts"),
+    [
+        ((8, 1, 1), 2, (3, 4), (), (None, "hosts")),  # 3 rows are not halved
+        ((8, 1, 1), 4, (3, 4), (), (None, "hosts")),
+        ((2, 4, 1), 2, (8, 4), ("fsdp", None), (("fsdp", "hosts"),)),
+        ((2, 4, 1), 2, (4, 6), ("fsdp", None), ("fsdp", "hosts")),  # 4 rows over fsdp leave one for each
+        ((4, 1, 2), 2, (4, 4), (None, "tensor"), ("hosts", "tensor")),
+    ],
+)
+def test_hosts_that_hold_the_same_each_hold_a_part(sizes, hosts, shape, entries, parts):
+    mesh = sharding.make_mesh(config.Mesh(*sizes))
+    array = array_on(mesh, shape, *entries)
+    owner = {device: number * hosts // 8 for number, device in enumerate(mesh.devices.flat)}
+    found = sharding.split_over_hosts(array, host_of=owner.get)
+    assert found.mesh.devices.flat[:].tolist() == mesh.devices.flat[:].tolist()
+    assert found.is_equivalent_to(jax.sharding.NamedSharding(found.mesh, jax.sharding.PartitionSpec(*parts)), len(shape))
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    part = jax.device_put(values, found)
+    held = [sum(s.data.size for s in part.addressable_shards if owner[s.device] == host) for host in range(hosts)]
+    whole = [s.data.size for s in jax.device_put(values, array.sharding).addressable_shards]
+    assert held == [sum(whole) // hosts**2] * hosts
+    np.testing.assert_array_equal(jax.jit(lambda x: x, out_shardings=array.sharding)(part), values)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "owners", "shape", "entries"),
+    [
+        ((8, 1, 1), [0] * 8, (8, 8), ()),  # one host
+        ((1, 8, 1), [0] * 4 + [1] * 4, (8, 8), ("fsdp",)),  # no two hold the same
+        ((8, 1, 1), [0] * 4 + [1] * 4, (3, 5), ()),  # no dimension is halved
+        ((8, 1, 1), [0] * 4 + [1] * 4, (), ()),
+        ((8, 1, 1), [0] * 4 + [1] * 4, (8, 8), ("data",)),  # every device has a part of its own already
+        ((4, 2, 1), [0, 1] * 4, (8, 8), ()),  # both hosts in every group
+        ((8, 1, 1), [0] * 2 + [1] * 6, (8, 8), ()),  # groups of different sizes
+        ((8, 1, 1), [0, 0, 1, 1, 0, 0, 1, 1], (8, 8), ()),  # one host in two groups
+    ],
+)
+def test_what_is_not_split_over_hosts_stays_as_it_is(sizes, owners, shape, entries):
+    mesh = sharding.make_mesh(config.Mesh(*sizes))
+    array = array_on(mesh, shape, *entries)
+    owner = dict(zip(mesh.devices.flat, owners, strict=True))
+    assert sharding.split_over_hosts(array, host_of=owner.get) is array.sharding

@@ -1,13 +1,22 @@
 """What a child of the fault harness runs as one of several hosts."""
 
+import hashlib
+import json
+import pathlib
+
 import jax
+import numpy as np
 import toy_network
 
 from dip_jax import config
 from dip_jax.__main__ import main
+from dip_jax.checkpoints import checkpoint
 from dip_jax.errors import UserError
 from dip_jax.jobs.train import train
+from dip_jax.models import dip
+from dip_jax.runtime import distributed, sharding
 from dip_jax.sampling import sample_files
+from dip_jax.training import optim, state
 
 
 def command(*argv: str) -> int:
@@ -34,3 +43,30 @@ def train_judged(values: dict, workdir: str, delay: float) -> int:
     toy_network.install(delay=delay)
     train(config.from_dict(values), workdir=workdir)
     return 0
+
+
+def restore(values: dict, workdir: str) -> int:
+    """Restores the newest step; prints how many bytes this process read for it, and a digest of what its first device holds."""
+    run = config.from_dict(values)
+    distributed.start()
+    mesh = sharding.make_mesh(run.mesh)
+    with jax.set_mesh(mesh), sharding.use_rules(()):
+        model = dip.from_config(run.model)
+        optimizer = optim.make_optimizer(run.optim, total_steps=run.train.steps)
+        target = state.abstract_state(model, optimizer, state.state_shardings(model, optimizer, mesh))
+        checkpoints = checkpoint.Checkpoints(workdir, run.checkpoint)
+        found = checkpoints.find()
+        before = _bytes_read()
+        restored = jax.block_until_ready(checkpoints.restore(found, target))
+        count = _bytes_read() - before
+        checkpoints.close()
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(restored):
+        digest.update(np.asarray(leaf.addressable_shards[0].data).tobytes())
+    print(json.dumps({"bytes": count, "digest": digest.hexdigest()}), flush=True)
+    return 0
+
+
+def _bytes_read() -> int:
+    """By this process since its start, by Linux's count, from disk or from memory."""
+    return int(pathlib.Path("/proc/self/io").read_text().split()[1])
