@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
-from dip_jax.models.layers import Linear, Named, fan_in_uniform, named, spread
+from dip_jax.models.layers import Linear, Named, fan_in_uniform, named
+from dip_jax.models.rounding import add
 from dip_jax.typing import Params, PRNGKey, Tokens
 
 _SMALLEST = 1e-8  # a vector shorter than that is divided by that, as torch's cosine_similarity does
@@ -54,7 +55,7 @@ class _Conv(nn.Module):
         y = lax.conv_general_dilated(
             maps, kernel.astype(self.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return y.reshape(*tokens.shape[:2], self.features) + spread(bias.astype(self.dtype), 3)
+        return add(y.reshape(*tokens.shape[:2], self.features), bias)
 
 
 PROJECTORS: dict[str, type[nn.Module]] = {"mlp": _Mlp, "conv": _Conv}

@@ -18,6 +18,7 @@ from dip_jax.config.checks import one_of
 from dip_jax.errors import UserError
 from dip_jax.models import folding
 from dip_jax.models.layers import INITS, Linear, RMSNorm, SwiGLU, attend, named, normal, unstack
+from dip_jax.models.rounding import add
 
 
 class Conv(nn.Module):
@@ -67,12 +68,12 @@ class UNet(nn.Module):
         x, skips = p.astype(dtype), []
         for i, width in enumerate(widths):
             kernel, bias = Conv((3, 3), x.shape[-1], width, init=model.head_init, name=f"down_{i}")()
-            skips.append(nn.silu(folding.convolve(x, kernel) + _row(bias, x)))
+            skips.append(nn.silu(add(folding.convolve(x, kernel), bias)))
             x = pool(skips[-1])
 
         kernel, bias = Conv((), widths[-1] + model.width, widths[-1], init=model.head_init, name="bottleneck")()
         of_pixels, of_feature = kernel[: widths[-1]], kernel[widths[-1] :]
-        x = nn.silu(_product(x, of_pixels) + _row(_product(s.astype(dtype), of_feature) + bias.astype(dtype), x))
+        x = nn.silu(add(_product(x, of_pixels), add(_product(s.astype(dtype), of_feature), bias)))
 
         for i in reversed(range(depth)):
             kernel, bias = Conv((3, 3), 2 * widths[i], widths[max(i - 1, 0)], init=model.head_init, name=f"up_{i}")()
@@ -82,18 +83,14 @@ class UNet(nn.Module):
                 below = folding.convolve_transposed(x, *lift, of_below)
             else:
                 below = folding.convolve_upsampled(x, of_below)
-            x = nn.silu(below + folding.convolve(skips[i], of_skip) + _row(bias, x))
+            x = nn.silu(add(below + folding.convolve(skips[i], of_skip), bias))
 
         kernel, bias = Conv((), base, 3, init="zeros" if model.head_zero_init else "fan_in", name="out")()
-        return _product(x, kernel) + _row(bias, x)
+        return add(_product(x, kernel), bias)
 
 
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
-
-
-def _row(bias: jax.Array, like: jax.Array) -> jax.Array:
-    return bias.astype(like.dtype)[None, None, :]
 
 
 class MLP(nn.Module):
@@ -224,7 +221,7 @@ class IntraPatchAttention(nn.Module):
         condition = nn.silu(t_emb.astype(jnp.float32) + s.astype(jnp.float32)).astype(dtype)
         context = Linear((CONTEXT, width), ("embed", None, "head_out"), dtype=dtype, name="context")(condition)
         x = Linear((width,), ("head_in", "head_out"), dtype=dtype, name="embed")(p.reshape(-1, 3).astype(dtype))
-        x = x + self.param("positions", named(normal(0.02), (None, "head_out")), x.shape).astype(dtype)
+        x = add(x, self.param("positions", named(normal(0.02), (None, "head_out")), x.shape))
         for i in range(model.head_depth or 2):
             x = PixelBlock(max(width // 64, 1), dtype, name=f"block_{i}")(x, context)
         x = RMSNorm(name="norm")(x)

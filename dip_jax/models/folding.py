@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dip_jax import config
+from dip_jax.models.rounding import add
 from dip_jax.runtime import target
 
 DENSE_SIDE = 2  # largest input map that is multiplied densely
@@ -134,15 +135,15 @@ def convolve_transposed(x: jax.Array, up: jax.Array, bias: jax.Array, kernel: ja
     lifted = up.transpose(2, 0, 1, 3)  # [C, a, b, C]
     if not composes(side, c, o, patches=patches_at_once()):
         y = lax.dot_general(x, lifted.astype(x.dtype), (((2,), (0,)), ((), ())))  # [r, r, a, b, C]
-        y = y.transpose(0, 2, 1, 3, 4).reshape(2 * side, 2 * side, c) + bias.astype(x.dtype)[None, None]
-        return convolve(y, kernel)
+        y = y.transpose(0, 2, 1, 3, 4).reshape(2 * side, 2 * side, c)
+        return convolve(add(y, bias), kernel)
     if side == 1:  # of e a single input meets the four middle taps alone
         below = jnp.matmul(lifted.reshape(c, 4 * c), _matrix(kernel, 2), **exact)
-        return _dense(x, below, 2) + _constant(bias, kernel, 2).astype(x.dtype)
+        return add(_dense(x, below, 2), _constant(bias, kernel, 2))
     made = jnp.tensordot(up, kernel, axes=((3,), (2,)), **exact)  # [a, b, C, 3, 3, O]
     made = made.transpose(0, 3, 1, 4, 2, 5).reshape(6, 6, c, o)
     columns = _combine(jnp.moveaxis(_combine(made, _LIFTED)[0], 1, 0), _LIFTED)[0]
-    return _stretch(x, jnp.moveaxis(columns, 0, 1)) + _constant(bias, kernel, 2 * side).astype(x.dtype)
+    return add(_stretch(x, jnp.moveaxis(columns, 0, 1)), _constant(bias, kernel, 2 * side))
 
 
 def _constant(bias: jax.Array, kernel: jax.Array, side: int) -> jax.Array:

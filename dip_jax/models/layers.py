@@ -15,6 +15,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from dip_jax.models.rounding import add, scale, spread
 from dip_jax.runtime import target
 from dip_jax.runtime.sharding import constrain
 from dip_jax.typing import Axes
@@ -89,11 +90,6 @@ INITS: dict[str, Callable[[int, int], tuple[Initializer, Initializer]]] = {
 }
 
 
-def spread(vector: jax.Array, ndim: int) -> jax.Array:
-    """Prepends axes of length one, so that `vector` meets an array of rank `ndim` without implicit broadcasting of ranks."""
-    return vector.reshape((1,) * (ndim - vector.ndim) + vector.shape)
-
-
 def unstack(x: jax.Array, axis: int) -> list[jax.Array]:
     """The slices of x along `axis`, without it; the gradient is one concatenation."""
     axis = axis % x.ndim
@@ -123,7 +119,7 @@ class Linear(nn.Module):
         y = lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ())))
         if self.bias:
             b = self.param("bias", named(bias_init, self.axes[1:]), self.features)
-            y = y + spread(b.astype(self.dtype), y.ndim)
+            y = add(y, b)
         return y
 
 
@@ -276,8 +272,9 @@ class Block(nn.Module):
             adaln = constrain(adaln, self.lead[0], None, None, "act_embed")
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = unstack(adaln, -2)
         attention = Attention(self.num_heads, self.grid, self.implementation, name="attention", **kind)
-        x = x + gate_a * attention(modulate(RMSNorm(name="norm1")(x), shift_a, scale_a).astype(self.dtype))
-        return x + gate_m * SwiGLU(name="mlp", **kind)(modulate(RMSNorm(name="norm2")(x), shift_m, scale_m).astype(self.dtype))
+        x = x + scale(attention(modulate(RMSNorm(name="norm1")(x), shift_a, scale_a).astype(self.dtype)), gate_a)
+        mlp = SwiGLU(name="mlp", **kind)
+        return x + scale(mlp(modulate(RMSNorm(name="norm2")(x), shift_m, scale_m).astype(self.dtype)), gate_m)
 
 
 class FinalLayer(nn.Module):

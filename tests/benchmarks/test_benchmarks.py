@@ -149,6 +149,7 @@ def test_an_executable_made_ahead_draws_the_same_image_without_tracing(tmp_path)
 # The scripts that run other people's code: their options of checkouts.
 BESIDE = {
     "adm_parity": ["evaluator"],
+    "half_precision": ["pixnerd"],
     "official_sampling": ["checkout"],
     "official_training": ["checkout", "dinov2"],
     "parity_dinov2": ["dinov2"],

@@ -17,3 +17,14 @@ def products(jaxpr) -> int:
             inner = getattr(value, "jaxpr", value)  # of a jit, a scan, a checkpoint
             total += products(inner) * eqn.params.get("length", 1) if hasattr(inner, "eqns") else 0
     return total
+
+
+def equations(jaxpr) -> list:
+    """All equations of a jaxpr and of those inside it, each once."""
+    found = []
+    for eqn in jaxpr.eqns:
+        found.append(eqn)
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            found += equations(inner) if hasattr(inner, "eqns") else []
+    return found
