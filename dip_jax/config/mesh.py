@@ -18,9 +18,12 @@ class Mesh:
     rules: tuple[tuple[str, str | None], ...] = ()
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.tensor)
-        if any(n == 0 or n < -1 for n in sizes) or sizes.count(-1) > 1:
-            raise UserError(f"mesh data,fsdp,tensor={sizes} must be positive, with at most one -1 (the rest)")
+        sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor")}
+        for axis, size in sizes.items():
+            if size == 0 or size < -1:
+                raise UserError(f"mesh.{axis}={size} must be a number of devices from 1, or -1 for what the other axes leave")
+        if len(rest := [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]) > 1:
+            raise UserError(f"{' and '.join(rest)} are -1: only one can be what the others leave, so give the other a number")
         for name, target in self.rules:
             if target is not None:
                 one_of(f"mesh.rules {name}", target, ("data", "fsdp", "tensor"))

@@ -54,11 +54,12 @@ def _safetensors_bytes(tensors: Iterable[tuple[str, np.ndarray]]) -> bytes:
     return safetensors.numpy.save(dict(tensors))
 
 
-# --to -> the network that it has to be (None: whichever it is), and the file's format
-TARGETS: dict[str, tuple[str | None, Callable[[Iterable[tuple[str, np.ndarray]]], bytes]]] = {
-    "dip-pytorch": ("dip", torch_writing.torch_bytes),
-    "pixnerd-pytorch": ("pixnerd", torch_writing.torch_bytes),
-    "safetensors": (None, _safetensors_bytes),
+_PYTORCH = (".pth", ".pt", ".ckpt")
+# --to -> the network that it has to be (None: whichever it is), the file's format, and what its name ends in
+TARGETS: dict[str, tuple[str | None, Callable[[Iterable[tuple[str, np.ndarray]]], bytes], tuple[str, ...]]] = {
+    "dip-pytorch": ("dip", torch_writing.torch_bytes, _PYTORCH),
+    "pixnerd-pytorch": ("pixnerd", torch_writing.torch_bytes, _PYTORCH),
+    "safetensors": (None, _safetensors_bytes, (".safetensors",)),
 }
 RELEASE = "release"  # the one --to that is a folder
 
@@ -114,6 +115,7 @@ def run(flags: absl_flags.FlagValues) -> None:
             f"{path}: {flags.weights} weights, config and hashes; complete its README.md, which has a TODO where it cannot know"
         )
         return
+    storage.require_file_name(flags.out, flag="--out", suffix=TARGETS[flags.to][2])
     path = export(flags.to, checkpoint=flags.checkpoint, out=flags.out, weights=flags.weights)
     print(f"{path}: {flags.weights} weights as {flags.to}; the config is beside it")
 
@@ -260,7 +262,7 @@ def export(target: str, *, checkpoint: epath.PathLike, out: epath.PathLike, weig
     for path in (out, beside):
         if path.exists():
             raise UserError(f"{path} exists already: choose another --out")
-    wanted, to_bytes = TARGETS[target]
+    wanted, to_bytes, _ = TARGETS[target]
     unread = checkpoints.ITEMS_UNREAD[weights]
     step = directories.find(checkpoint, verify=True, report=distributed.say, unread=unread)
     record = checkpoints.read_record(step)

@@ -137,6 +137,7 @@ def run(flags: absl_flags.FlagValues) -> None:
     if bool(flags.workdir) == all(flags.samples or [""]):  # an empty name is none
         raise UserError("name one of --samples=FILE.npz (or a folder) and --workdir=DIR")
     storage.require_no_hub(flags.workdir or "", flag="--workdir")
+    command_line.refuse(flags, *(["patch_size"] if flags.workdir else ["num_samples", "seed", "quick"]))
     if flags.out is not None:
         storage.require_file_name(flags.out, flag="--out", suffix=".json")
     distributed.start()
@@ -160,19 +161,12 @@ def _judge_files(flags: absl_flags.FlagValues) -> None:
     for samples in sets:
         judge.require_fit(samples)
     rows, notes, sampling = [], [], {}
-    for name, path, samples in zip(_row_names(flags.samples), flags.samples, sets, strict=True):
+    for name, path, samples in zip(inputs.row_names(flags.samples), flags.samples, sets, strict=True):
         verdict = judge(inputs.with_progress(samples))
         rows.append({"row": name} | verdict.metrics)
         notes += [note for note in verdict.notes if note not in notes]
         sampling[name] = sample_files.read_settings(path)
     _tell(rows, judge.protocol(), notes, sampling, out=flags.out)
-
-
-def _row_names(paths: Sequence[str]) -> list[str]:
-    """The last part of each path, or the whole where two share it; a path that is given twice is numbered."""
-    short = [os.path.basename(path.rstrip("/")) for path in paths]
-    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
-    return [name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)]
 
 
 def _wanted(flags: absl_flags.FlagValues, base: config.Eval) -> config.Eval:

@@ -36,6 +36,8 @@ from dip_jax.reporting import preview
 from dip_jax.runtime import command_line, distributed, storage
 from dip_jax.runtime.signals import stopping_at_once
 
+_QUALITY = 95  # of jpeg crops
+
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
     """The command's flags."""
@@ -58,7 +60,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
         "default: raw for photo_crops, tiff for the others",
         flag_values=flags,
     )
-    absl_flags.DEFINE_integer("quality", 95, "of jpeg crops", lower_bound=1, upper_bound=100, flag_values=flags)
+    absl_flags.DEFINE_integer("quality", None, "of jpeg crops; default: 95", lower_bound=1, upper_bound=100, flag_values=flags)
     absl_flags.DEFINE_enum(
         "exif",
         "ignore",
@@ -106,7 +108,7 @@ def prepare(
     root: str = "",
     image_size: int | None = None,
     encoding: str | None = None,
-    quality: int = 95,
+    quality: int | None = None,
     exif: str = "ignore",
     processes: int | None = None,
     max_rejected: float | int = 0.001,
@@ -119,7 +121,7 @@ def prepare(
         source: a row of `sources.SOURCES`, "tfds:NAME" for a TFDS dataset.
         out: appears when it is complete; `out`.partial holds unfinished work.
         root: what --from says.
-        image_size, encoding, quality, exif: as the flags; None is the source's own.
+        image_size, encoding, quality, exif: as the flags; None is the source's own, and 95 of the quality.
         processes: how many write on this host; None is one per CPU.
         max_rejected: bad images above which `out` does not appear: a share below 1, or a number of images.
 
@@ -141,7 +143,8 @@ def prepare(
 
     @_explained(partial)
     def decide() -> writing.Storing:
-        stored = encoding or _begun_as(out, partial)
+        begun = _begun_as(out, partial)
+        stored = encoding or (None if begun == "original" and image_size is not None else begun)
         return _storing(row, encoding=stored, image_size=image_size, quality=quality, exif=exif)
 
     storing = distributed.on_all(decide)
@@ -189,21 +192,30 @@ def _source_row(source: str) -> tuple[sources.Source, str]:
     return sources.SOURCES[kind], argument
 
 
-def _storing(row: sources.Source, *, encoding: str | None, image_size: int | None, quality: int, exif: str) -> writing.Storing:
+def _storing(
+    row: sources.Source, *, encoding: str | None, image_size: int | None, quality: int | None, exif: str
+) -> writing.Storing:
     encoding = encoding or row.encoding
     images.require_codec(encoding)
+    if image_size is not None and image_size < 1:
+        raise UserError(f"--image_size={image_size} must be positive")
+    if quality is not None and encoding != "jpeg":
+        raise UserError(f"--quality={quality} is of jpeg crops, and these are {encoding}: leave it out, or use --encoding=jpeg")
     if exif not in images.EXIF:
         raise UserError(f"exif={exif!r} is one of {', '.join(images.EXIF)}")
     if encoding == "original":
         if exif == "rotate":
             raise UserError("--exif=rotate turns crops, but --encoding=original stores the bytes as they are: choose one")
-        return writing.Storing(encoding, None, quality)
+        if image_size is not None:
+            raise UserError(
+                f"--image_size={image_size} is the side of stored crops, but --encoding=original stores the bytes as they are, "
+                "cropped when they are read: leave one of them out"
+            )
+        return writing.Storing(encoding, None, quality or _QUALITY)
     image_size = image_size or row.image_size
     if image_size is None:
         raise UserError(f"--encoding={encoding} stores crops: say their side with --image_size=N, or use --encoding=original")
-    if image_size < 1:
-        raise UserError(f"--image_size={image_size} must be positive")
-    return writing.Storing(encoding, image_size, quality, exif)
+    return writing.Storing(encoding, image_size, quality or _QUALITY, exif)
 
 
 def _dataset_files(out: pathlib.Path) -> list[pathlib.Path]:

@@ -192,3 +192,10 @@ def _open_dataset(path: pathlib.Path, *, image_size: int | None) -> prepared.Dat
     if stored is None and image_size is None:
         raise UserError(f"{path} stores original images, which are of many sizes: prepare crops of them with --image_size=N")
     return prepared.open_dataset(path, image_size=stored or image_size)
+
+
+def row_names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, or the whole where two share it; a path that is given twice is numbered."""
+    short = [os.path.basename(path.rstrip("/")) for path in paths]
+    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+    return [name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)]

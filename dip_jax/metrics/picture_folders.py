@@ -54,7 +54,8 @@ def from_folder(path: str | os.PathLike) -> ImageSet:
         if look.size != (width, height):
             raise UserError(
                 f"{path} holds images of several sizes: {names[0]} is {width}x{height}, {name} {look.size[0]}x{look.size[1]}; "
-                f"python -m dip_jax prepare crops them to one"
+                f"move them into a sub-folder and crop them: python -m dip_jax prepare --source=folder --from={path} "
+                "--image_size=N --out=ANOTHER_DIR"
             )
 
     def batches(size: int) -> Iterator[np.ndarray]:

@@ -86,6 +86,14 @@ def parse(values: flags.FlagValues, command: str, argv: list[str]) -> None:
             os.environ[f"JAX_{name.upper()}"] = str(values[name].value)
 
 
+def refuse(values: flags.FlagValues, *names: str) -> None:
+    """Raises `UserError` where one of these flags was given, which nothing would read beside the others."""
+    if given := [f"--{name}" for name in names if values[name].present]:
+        raise UserError(
+            f"{' and '.join(given)} would not be read beside the other flags: leave out what --help says goes with others"
+        )
+
+
 def help_text(command: str, job: Any, values: flags.FlagValues) -> str:
     """What `COMMAND --help` prints: the job's docstring, its flags with defaults, the config's keys where it takes one."""
     lines = [f"usage: python -m dip_jax {command} [flags]", "", job.__doc__.strip(), "", "flags:"]

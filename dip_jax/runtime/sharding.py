@@ -72,11 +72,21 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
         known = math.prod(n for n in shape if n > 0)
         shape[shape.index(-1)] = max(len(devices) // known, 1)
     if math.prod(shape) != len(devices):
-        raise UserError(
-            f"mesh data,fsdp,tensor={(sizes.data, sizes.fsdp, sizes.tensor)} needs {math.prod(shape)} devices "
-            f"but there are {len(devices)}: set one axis to -1 or change the sizes"
-        )
+        raise UserError(_mismatch(sizes, needed=math.prod(shape), found=len(devices)))
     return jax.sharding.Mesh(arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _mismatch(sizes: config.Mesh, *, needed: int, found: int) -> str:
+    """What is wrong and what helps, by the names of the axes that somebody has set."""
+    given = {f"mesh.{axis}": getattr(sizes, axis) for axis in AXES}
+    named = " x ".join(f"{name}={size}" for name, size in given.items() if size not in (1, -1)) or "mesh.data=1"
+    if -1 in given.values():
+        return f"{named} needs a multiple of {needed} devices but there are {found}: choose sizes that divide their number"
+    inner = sizes.fsdp * sizes.tensor
+    way_out = (
+        f"mesh.data={found // inner}, or -1, takes them all" if found % inner == 0 else "choose sizes that divide their number"
+    )
+    return f"{named} needs {needed} devices but there are {found}: {way_out}"
 
 
 def arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:

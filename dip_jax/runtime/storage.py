@@ -82,15 +82,16 @@ def suffix_of(path: epath.PathLike) -> str:
     return found.group() if found else ""
 
 
-def require_file_name(path: epath.PathLike, *, flag: str, suffix: str) -> None:
-    """Checks that an output is named as a file of its kind, capitals or not, and that no directory has that name.
+def require_file_name(path: epath.PathLike, *, flag: str, suffix: str | tuple[str, ...]) -> None:
+    """Checks that an output is named as a file of its kind (by one of the suffixes), capitals or not, and is no directory.
 
     Raises:
         UserError: if not.
     """
     name = os.fspath(path)
-    if suffix_of(name) != suffix:
-        raise UserError(f"{flag}={name} must end in {suffix}, which is what is written")
+    suffixes = (suffix,) if isinstance(suffix, str) else suffix
+    if suffix_of(name) not in suffixes:
+        raise UserError(f"{flag}={name} must end in {' or '.join(suffixes)}, which is what is written")
     if absolute(path).is_dir():
         raise UserError(f"{flag}={name} is a directory where a file is to be written: choose another name, or move it away")
 

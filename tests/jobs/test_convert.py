@@ -193,11 +193,16 @@ def converted(tmp_path_factory):
         (["--image_size=8,8,8"], "--image_size=8,8,8 must be one or two numbers"),
         (["--image_size=-8"], "--image_size=-8 must be one or two numbers"),
         ([], "is a directory: name a file to read, or --to"),
+        (["--to=safetensors", "--out=w.pth"], "--out=w.pth must end in .safetensors, which is what is written"),
+        (["--to=pixnerd-pytorch", "--out=w.txt"], "--out=w.txt must end in .pth or .pt or .ckpt, which is what is written"),
+        (["--to=pixnerd-pytorch", "--out=w"], "--out=w must end in .pth or .pt or .ckpt"),
         (["--to=pytorch"], "flag --to=pytorch: value should be one of"),
     ],
 )
 def test_flags_that_contradict_are_one_line_and_write_nothing(converted, tmp_path, capsys, flags, message):
-    assert __main__.main(["convert", f"--checkpoint={converted}", f"--out={tmp_path / 'w'}", *flags]) == 2
+    suffix = next((flag.removeprefix("--to=") for flag in flags if flag.startswith("--to=")), "")
+    out = tmp_path / {"": "w", "safetensors": "w.safetensors"}.get(suffix, "w.pth")
+    assert __main__.main(["convert", f"--checkpoint={converted}", f"--out={out}", *flags]) == 2
     line = capsys.readouterr().err
     assert message in line and line.count("\n") == 1
     assert not list(tmp_path.iterdir())

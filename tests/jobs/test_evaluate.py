@@ -296,3 +296,14 @@ def test_a_run_whose_data_went_elsewhere_is_judged_and_says_what_is_missing(data
         "step 0: 8 samples each of averaged weights (EMA)",
         "averaged weights (EMA): 8 images",
     ]
+
+
+@pytest.mark.parametrize(
+    "argument, others",
+    [("--quick", "samples"), ("--num_samples=3", "samples"), ("--seed=1", "samples"), ("--patch_size=8", "workdir")],
+)
+def test_a_flag_that_nothing_would_read_is_refused(argument, others):
+    sources = ["--samples=a.npz", "--reference=b.npz"] if others == "samples" else ["--workdir=run"]
+    name = argument.partition("=")[0]
+    with pytest.raises(UserError, match=f"^{name} would not be read beside the other flags: leave out what --help says"):
+        command(*sources, argument)

@@ -129,7 +129,8 @@ def _classes(tree: Tree, top: str, *, name: str, known: Collection[str] = ()) ->
 def _no_class(tree: Tree, root: str, loose: list[str]) -> str:
     expected = "one sub-folder of images per class is expected"
     if loose:
-        return f"{root} has {count(len(loose), 'image')} and no sub-folder with images: {expected} (or --source=csv)"
+        found = f"{root} has {count(len(loose), 'image')} and no sub-folder with images"
+        return f"{found}: {expected} (or a table of them, --source=csv --from=FILE.csv)"
     if tree.others:
         return f"{root} has no images by their names (it has {tree.others[0]}): {expected}"
     return f"{root} has {'sub-folders but no images in them' if tree.folders else 'no sub-folders'}: {expected}"
