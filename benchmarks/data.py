@@ -133,7 +133,8 @@ def write_encodings(scratch: pathlib.Path, encodings: Sequence[str], size: int) 
     """The photographs as a dataset in each encoding."""
     folders = {encoding: scratch / encoding for encoding in encodings}
     for encoding, folder in folders.items():
-        prepare.prepare("folder", root=os.fspath(scratch / "photographs"), out=folder, image_size=size, encoding=encoding)
+        stored = None if encoding == "original" else size
+        prepare.prepare("folder", root=os.fspath(scratch / "photographs"), out=folder, image_size=stored, encoding=encoding)
     return folders
 
 

@@ -206,3 +206,30 @@ def test_a_script_without_a_guard_is_told_so(tmp_path, name):
     assert result.returncode and f"UserError: {workers.GUARD}" in result.stderr
     assert result.stderr.count("Traceback") == 1  # the script's own; none of the workers'
     assert "out of memory" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--image_size=0"], "--image_size=0 must be positive"),
+        (["--image_size=-3"], "--image_size=-3 must be positive"),
+        (["--encoding=original", "--image_size=16"], "--image_size=16 is the side of stored crops, but --encoding=original"),
+        (["--image_size=16", "--quality=50"], "--quality=50 is of jpeg crops, and these are tiff: leave it out, or use"),
+        (["--image_size=16", "--encoding=png", "--quality=95"], "--quality=95 is of jpeg crops, and these are png"),
+        (["--source=photo_crops", "--image_size=0"], "--image_size=0 must be positive"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(tmp_path, capsys, flags, message):
+    ask = ["prepare", "--source=folder", f"--from={tmp_path}", f"--out={tmp_path / 'out'}"]
+    assert __main__.main([*ask, *flags]) == 2
+    line = capsys.readouterr().err
+    assert message in line and line.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_dataset_of_originals_is_not_taken_for_one_of_crops(tmp_path, capsys):
+    root = make_folder(tmp_path / "images", per_class=1)
+    ask = ["prepare", "--source=folder", f"--from={root}", f"--out={tmp_path / 'out'}"]
+    assert __main__.main([*ask, "--encoding=original"]) == 0 and __main__.main(ask) == 0  # found again
+    capsys.readouterr()
+    assert __main__.main([*ask, "--image_size=16"]) == 2
+    assert "exists with encoding=original where tiff is asked" in capsys.readouterr().err
