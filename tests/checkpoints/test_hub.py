@@ -12,6 +12,7 @@ from faults import harness
 from hub_server import HubServer
 from small_models import randomise
 
+from dip_jax import config
 from dip_jax.__main__ import main
 from dip_jax.checkpoints import checkpoint, hub, items, manifest
 from dip_jax.errors import Exit, UserError
@@ -105,6 +106,12 @@ def test_a_pytorch_file_is_converted_from_the_hub(server, trained, tmp_path, cap
     assert equal(checkpoint.load(tmp_path / "back")[1], params)
     with pytest.raises(UserError, match="has no such file"):
         convert.convert(checkpoint=f"{NAME}/weights/x.safetensors", out=tmp_path / "other")
+
+
+def test_a_run_starts_from_an_address(server, trained):
+    convert.give_release(trained[0], out=NAME)
+    origin = checkpoint.read_origin(config.Train(init_from=str(storage.absolute(NAME))))
+    assert equal(origin.params, trained[1])
 
 
 def test_what_is_read_alone_is_fetched(server, trained):
