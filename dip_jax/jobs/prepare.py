@@ -27,6 +27,7 @@ from typing import Any
 
 import PIL
 from absl import flags as absl_flags
+from etils import epath
 
 from dip_jax.data import images, shards, sources, summary, unfinished, workers, writing
 from dip_jax.data.sources.split import identity
@@ -171,6 +172,7 @@ def prepare(
 
     with contextlib.ExitStack() as stack:
         distributed.on_main(lambda: stack.enter_context(unfinished.locked(partial)))
+        distributed.require_shared(epath.Path(partial), flag="--out")
         built = distributed.on_main(open_source)  # alone, as it may have to build the source
         splits = distributed.on_all(lambda: built or open_source())
         wanted = _request(origin, splits, storing)

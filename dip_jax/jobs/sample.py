@@ -224,6 +224,7 @@ def _write(
     else:
         output = sample_files.PictureFolder(out, labels=labels, batch_size=size)
     distributed.on_main(lambda: output.open(settings))
+    distributed.require_shared(output.path.parent if kind == ".npz" else output.path, flag="--out")
     mine = range(jax.process_index(), -(-len(labels) // size), jax.process_count())
     todo = [batch for batch in mine if not output.finished(batch)]
     done = sum(min(size, len(labels) - batch * size) for batch in mine if batch not in set(todo))

@@ -120,3 +120,12 @@ def test_hosts_with_different_flags_end_and_a_disk_that_one_cannot_read_ends_all
     assert pair.wait() == [Exit.USER_ERROR] * 2, pair.logs
     assert "is not a folder" in pair.logs[0] and "process 0 stopped with an error" in pair.logs[1]
     assert not any("Traceback" in log for log in pair.logs) and not (folder / "out.partial").exists()
+
+
+def test_outputs_that_are_not_one_place_end_both(nursery, folder):
+    arguments = ["prepare", "--source=folder", f"--from={folder / 'images'}", "--image_size=16", "--out=out"]
+    (folder / "disks").mkdir()
+    children = nursery.call("command_on_own_disk", str(folder / "disks"), *arguments, count=2)
+    assert [child.wait(300) for child in children] == [Exit.USER_ERROR] * 2, children[0].log + children[1].log
+    assert all("is not one place: processes [1] do not see what process 0 writes there" in child.log for child in children)
+    assert not list((folder / "disks" / "1").iterdir()) and not (folder / "disks" / "0" / "out").exists()

@@ -119,6 +119,16 @@ def test_a_mistake_on_one_host_ends_all(nursery, workdir, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("out", ["out.npz", "pictures"])
+def test_outputs_that_are_not_one_place_end_both_before_an_image(nursery, workdir, tmp_path, out):
+    children = nursery.call("command_on_own_disk", str(tmp_path), *sampling(workdir, out), count=2)
+    assert [child.wait(300) for child in children] == [Exit.USER_ERROR] * 2, children[0].log + children[1].log
+    assert all("is not one place: processes [1] do not see what process 0 writes there" in child.log for child in children)
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert left in (["out.npz.json"], ["settings.json"])
+
+
+@pytest.mark.slow
 def test_two_hosts_judge_as_one_does(nursery, workdir, settings, tmp_path):
     found = {}
     for hosts in (1, 2):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pathlib
 
 import jax
@@ -23,6 +24,14 @@ def command(*argv: str) -> int:
     """`python -m dip_jax ARGV` with the toy feature network."""
     toy_network.install()
     return main([*argv])
+
+
+def command_on_own_disk(folder: str, *argv: str) -> int:
+    """As `command`; relative paths of each process lie in a folder of its own."""
+    place = pathlib.Path(folder) / os.environ["JAX_PROCESS_ID"]
+    place.mkdir()
+    os.chdir(place)
+    return command(*argv)
 
 
 def command_failing_on_host_1(*argv: str) -> int:
