@@ -177,8 +177,7 @@ def prepare(
         splits = distributed.on_all(lambda: built or open_source())
         wanted = _request(origin, splits, storing)
         distributed.require_same(wanted)
-        distributed.on_main(note)
-        distributed.on_main(lambda: writing.sweep(partial))
+        distributed.on_main(lambda: (note(), writing.sweep(partial)))
         tasks = distributed.on_all(plan)
         distributed.on_all(write)
         notes = [note for split in splits.values() for note in split.notes]
