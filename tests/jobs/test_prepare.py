@@ -273,6 +273,18 @@ def test_any_tfds_classification_set(tmp_path):
     assert dataset.classes == ["a", "b"]
 
 
+def test_a_tfds_folder_of_another_format_and_another_one(tmp_path):
+    arguments = {"image_size": 24, "out": tmp_path / "out", "processes": 1}
+    prepare("tfds:tiny_photos", root=str(tmp_path / "tfds"), image_size=24, out=tmp_path / "first", processes=1)
+    (file,) = (tmp_path / "tfds").rglob("dataset_info.json")
+    file.write_text(file.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(
+        UserError, match="holds tiny_photos as tfrecord files, not array_record: give another data_dir as --from"
+    ):
+        prepare("tfds:tiny_photos", root=str(tmp_path / "tfds"), **arguments)
+    assert prepare("tfds:tiny_photos", root=str(tmp_path / "another"), **arguments).records == {"test": 4, "train": 6}
+
+
 def test_what_tfds_cannot_do_here_is_said(tmp_path):
     arguments = {"root": str(tmp_path / "tfds"), "image_size": 24, "out": tmp_path / "out"}
     with pytest.raises(UserError, match=r"TFDS builds array_photos with packages .*download_and_prepare"):

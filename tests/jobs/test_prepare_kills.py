@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from faults import harness
 from places import ROOT
 from preparing import COUNTED_JOB, command, content, make_folder
 from source_files import CLASSES, WRITERS, generate
@@ -81,12 +82,34 @@ def test_a_second_prepare_refuses(tmp_path):
         assert first.poll() is None
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)  # it holds the lock and goes no further, however busy the machine is
-    with pytest.raises(UserError, match="being written by another prepare"):
+    with pytest.raises(UserError, match="being written by another prepare: wait for it, or choose another --out"):
         prepare("folder", root=str(root), image_size=48, out=tmp_path / "out")
+    prepare("folder", root=str(make_folder(tmp_path / "few", per_class=1)), image_size=48, out=tmp_path / "another")
     first.send_signal(signal.SIGINT)
     first.send_signal(signal.SIGCONT)
     assert first.wait(60) == Exit.INTERRUPTED
     assert not (tmp_path / "out").exists()
+    prepare("folder", root=str(root), image_size=48, out=tmp_path / "out")
+
+
+def test_a_writer_that_is_killed_leaves_work_that_fewer_finish(tmp_path):
+    root = make_folder(tmp_path / "images", per_class=100, size=(300, 200))
+    ask = command(root, tmp_path / "out", "--processes=2")
+    first = subprocess.Popen(ask, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not [child for child in harness.descendants(first.pid) if is_writer(child)]:
+        assert first.poll() is None
+        time.sleep(0.01)
+    os.kill(next(child for child in harness.descendants(first.pid) if is_writer(child)), signal.SIGKILL)
+    assert "a writing process was killed (out of memory?): use fewer --processes and run it again" in first.communicate()[1]
+    assert first.returncode == Exit.USER_ERROR
+    assert subprocess.run([*ask, "--processes=1"], cwd=ROOT).returncode == 0 and (tmp_path / "out").exists()
+
+
+def is_writer(pid: int) -> bool:
+    """Whether a process is one of a pool's that write, not the one that keeps account of their semaphores."""
+    with contextlib.suppress(OSError):
+        return b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def test_a_signal_to_the_whole_job_is_told_as_one_also_where_the_writers_hear_it_first(tmp_path):

@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -65,6 +66,11 @@ def open_tfds(argument: str, root: str, image_size: int | None, scratch: pathlib
     try:
         builder = tfds.builder(argument, data_dir=root or None, file_format="array_record")
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        if found := re.search(r"File format is already set to FileFormat\.(\w+)", str(error)):
+            kind = found.group(1).lower()
+            raise UserError(
+                f"--from={root} holds {argument} as {kind} files, not array_record: give another data_dir as --from"
+            ) from None
         raise UserError(f"--source=tfds:{argument}: {str(error).strip().splitlines()[0]}") from None
     try:
         return _tfds_splits(builder)
@@ -91,8 +97,6 @@ def _tfds_splits(builder) -> dict[str, TfdsSplit]:
         raise UserError(f"{builder.name} has the features {', '.join(features)}: one image and one class label are needed")
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself at length; its progress bars go to stderr
         builder.download_and_prepare(file_format="array_record")
-    if (kind := builder.info.file_format.value) != "array_record":
-        raise UserError(f"{builder.data_path} holds {kind} files, not array_record: give another data_dir as --from")
     return {
         name: TfdsSplit(
             folder=os.fspath(builder.data_path),
