@@ -11,6 +11,7 @@ from dip_jax.runtime import command_line, compilation
 
 COMMANDS = {
     "train": "train a model, or go on where it stopped",
+    "status": "what a run is doing, and where its hours went",
     "sample": "draw images from a checkpoint",
     "evaluate": "judge samples: FID, sFID, IS, precision, recall",
     "prepare": "turn images into a dataset directory",

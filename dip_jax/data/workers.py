@@ -48,5 +48,5 @@ def ignore_signals() -> None:
 
     Both reach every process of a terminal or of a job; a reader that died of one would fail the step before the save.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

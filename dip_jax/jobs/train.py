@@ -11,6 +11,7 @@ devices. Options that decide what is learnt may not change within a workdir; --a
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Collection
 
 import jax
@@ -22,7 +23,7 @@ from dip_jax.config import Config, to_dict
 from dip_jax.data import prepared, workers
 from dip_jax.errors import UserError
 from dip_jax.metrics import features
-from dip_jax.runtime import command_line, distributed, sharding, storage
+from dip_jax.runtime import command_line, distributed, goodput, sharding, storage
 from dip_jax.runtime.lock import Lock
 from dip_jax.runtime.signals import Signals
 from dip_jax.training import config_change, loop, showing
@@ -79,10 +80,13 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         Interrupted: after saving, by a signal (85, 130); because the numbers are bad for good (86) or another process died (1).
     """
     workers.end_if_unguarded()
+    began = time.monotonic()
     workdir = storage.absolute(workdir)
     distributed.start()
     devices = jax.devices()
     with contextlib.ExitStack() as stack:
+        if jax.config.jax_debug_nans:  # what JAX traces without it leaves it off in this thread, unless that was told as well
+            stack.enter_context(jax.debug_nans(True))
         signals = stack.enter_context(Signals(shared=jax.process_count() > 1))
         distributed.require_same(
             {"config": to_dict(config), "code": distributed.code_version(), "jax": jax.__version__, "devices": len(devices)}
@@ -116,13 +120,14 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         distributed.require_shared(workdir, flag="--workdir")
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
         stack.callback(checkpoints.close)
-        job = loop.Run(config, workdir, mesh, dataset, signals, checkpoints)
         found = checkpoints.find()
         if found:
             config_change.check(found.record.config, config, allowed=allow_change)
         if found and found.step >= config.train.steps and not showing.find_owed(config.train, workdir, found.step):
             distributed.say(f"{workdir} is finished: it has all {found.step} steps")
             return
+        ledger = stack.enter_context(goodput.recording(workdir if distributed.is_main() else None, began=began))
+        job = loop.Run(config, workdir, mesh, dataset, signals, checkpoints, ledger)
         stack.callback(job.close)
         job.prepare(found)
         job.loop()

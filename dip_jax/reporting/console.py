@@ -66,6 +66,11 @@ def behind(protocol: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]
     return aligned(lines | {name: "; ".join(filter(None, words.values())) for name, words in drawn.items()})
 
 
+def size(count: int) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
 def _with(settings: Mapping[str, Any], key: str, form: str) -> str | None:
     value = settings.get(key)
     try:

@@ -12,7 +12,7 @@ from etils import epath
 
 from dip_jax.config import Config, to_dict
 from dip_jax.reporting import figures
-from dip_jax.runtime import storage
+from dip_jax.runtime import goodput, storage, writers
 from dip_jax.sampling.trajectories import Frames
 
 _CLASSES, _EACH, _WAYS = 12, 8, 4  # classes shown, images of each, trajectories
@@ -84,7 +84,7 @@ def write_report(
         real: training images to show beside them.
         class_names: names of all classes.
         trajectory: the way from noise to image of a few samples, from `trajectories.draw_frames`; None leaves it out.
-        history: rows of metrics.jsonl; "step" with "loss", "images_per_second", "grad_norm" where known.
+        history: rows of metrics.jsonl; "step" with "loss", "images_per_second", "grad_norm" and `goodput.shares` where known.
         metrics: rows of the table, all with the same keys in the same order; the first names the row, N is one of them.
         config: of the run.
         notes: sentences under the table: how the metrics were taken, and what they do not show.
@@ -97,6 +97,7 @@ def write_report(
         _classes(samples, real, class_names),
         "" if trajectory is None else _trajectory(trajectory, class_names),
         _curves(history),
+        _spent(history),
         _metrics(metrics, notes),
         _config(config),
         _versions(),
@@ -170,6 +171,17 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> str:
     if not pictures:
         return ""
     return _section("Training", "Faint: as logged; strong: running mean.", f'<div class="curves">{pictures}</div>')
+
+
+def _spent(history: Sequence[Mapping[str, Any]]) -> str:
+    """Where the hours went, by the last row that says so."""
+    last = next((row for row in reversed(history) if row.get("wall_seconds")), None)
+    if last is None:
+        return ""
+    names = {"goodput" if part == "steps" else f"lost_{part}": words for part, words in goodput.PARTS.items()}
+    body = "".join(f"<tr><td>{_text(words)}</td><td>{last.get(name) or 0:.1%}</td></tr>" for name, words in names.items())
+    text = f"Of {writers.duration(last['wall_seconds'])} since the first start, at step {last['step']}."
+    return _section("Where the time went", text, f'<div class="scroll"><table><tbody>{body}</tbody></table></div>')
 
 
 def _metrics(metrics: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:

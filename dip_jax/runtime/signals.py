@@ -13,7 +13,7 @@ class Signals:
     """Turns signals into a request that the loop reads between two steps.
 
     SIGTERM and SIGUSR1 (a scheduler's warning) ask for `Exit.PREEMPTED`, Ctrl-C for `Exit.INTERRUPTED`. A second Ctrl-C ends
-    the process at once, which is safe: a checkpoint exists whole or not at all.
+    the process at once, which is safe: a checkpoint exists whole or not at all. SIGUSR2 asks for a profile.
 
     Args:
         shared: for a run of several processes. SIGTERM is left to JAX's preemption service, which tells the other processes
@@ -26,17 +26,27 @@ class Signals:
 
     def __init__(self, *, shared: bool = False):
         self.requested: Exit | None = None
+        self._profile = False
         self._shared = shared
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Signals":
         for number in (signal.SIGUSR1, signal.SIGINT, *(() if self._shared else (signal.SIGTERM,))):
             self._previous[number] = signal.signal(number, self._handle)
+        self._previous[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, self._note_profile)
         return self
 
     def __exit__(self, *exc) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def take_profile(self) -> bool:
+        """Whether a profile was asked for since the last call."""
+        asked, self._profile = self._profile, False
+        return asked
+
+    def _note_profile(self, number: int, frame: object) -> None:
+        self._profile = True
 
     def _handle(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and self.requested is not None:

@@ -173,7 +173,7 @@ class Progress:
             self._bar.update(step - self._bar.n)
         elif time.monotonic() - self._shown >= LINE_SECONDS or step == self._total:
             self._shown = time.monotonic()
-            left = f"  {_duration((self._total - step) * self._speed['seconds_per_step'])} left" if self._speed else ""
+            left = f"  {duration((self._total - step) * self._speed['seconds_per_step'])} left" if self._speed else ""
             print(f"step {step}/{self._total}  {text}{left}", file=sys.stderr, flush=True)
 
     def _speed_words(self) -> list[str]:
@@ -198,7 +198,8 @@ class Progress:
             self._bar.close()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Such as 4m05s or 7h09m."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

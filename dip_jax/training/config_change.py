@@ -29,6 +29,8 @@ FREE = {
     "train.bad_steps",
     "train.on_bad_steps",
     "train.watchdog_seconds",
+    "train.profile_steps",
+    "train.tracker",
 }
 FIXED = {"train.seed", "model.image_size"}
 

@@ -14,7 +14,7 @@ from dip_jax.config import Config, to_dict
 from dip_jax.data import order, pipeline
 from dip_jax.errors import Exit, Interrupted
 from dip_jax.models import dip, starting
-from dip_jax.runtime import distributed, storage, writers
+from dip_jax.runtime import distributed, profiling, storage, writers
 from dip_jax.runtime.watchdog import Watchdog
 from dip_jax.training import bad_numbers, optim, pace, repa, showing, state, step, workload
 from dip_jax.typing import Params
@@ -26,14 +26,16 @@ _NOISE = 1  # stream of the training noise, beside the initial weights
 class Run:
     """One run of the loop: `prepare`, then `loop`."""
 
-    def __init__(self, config: Config, workdir, mesh, dataset, signals, checkpoints):
+    def __init__(self, config: Config, workdir, mesh, dataset, signals, checkpoints, ledger):
         self._config, self._workdir, self._mesh, self._dataset = config, workdir, mesh, dataset
-        self._signals, self._checkpoints = signals, checkpoints
+        self._signals, self._checkpoints, self._ledger = signals, checkpoints, ledger
         self._watchdog = Watchdog(config.train.watchdog_seconds)
         self._watch = bad_numbers.Watch(config.train)
         self._batches = self._writer = self._progress = None
         self._pending: tuple[int, dict[str, jax.Array], int] | None = None  # step, its metrics, bad records replaced by then
-        self._replaced = 0  # bad records replaced before this start
+        self._step = self._replaced = 0  # steps done; bad records replaced before this start
+        asked = {"planned": config.train.profile_steps, "every": config.train.log_every, "heard": signals.take_profile}
+        self._profiler = profiling.Profiler(workdir, **asked)
 
     def prepare(self, found: checkpoint.Found | None) -> None:
         """Everything up to the first step; cheap checks first."""
@@ -54,16 +56,8 @@ class Run:
         aligned = {"alignment": self._alignment}
         self._shardings = state.state_shardings(self._model, self._optimizer, self._mesh, zero1=config.mesh.zero1, **aligned)
         self._frozen, places = repa.place_teacher(teacher, self._mesh)
-        self._train_step = step.compile_train_step(
-            self._model,
-            self._optimizer,
-            self._shardings,
-            self._mesh,
-            objective=config.flow,
-            optim=config.optim,
-            frozen=places,
-            **aligned,
-        )
+        parts = (self._model, self._optimizer, self._shardings, self._mesh)
+        self._train_step = step.compile_train_step(*parts, objective=config.flow, optim=config.optim, frozen=places, **aligned)
         planned = (config, self._model, self._optimizer, self._shardings)
         distributed.on_main(
             lambda: distributed.say(workload.describe_work(*planned, alignment=self._alignment, mesh=self._mesh))
@@ -84,17 +78,9 @@ class Run:
             order.check_identity({**found.record.data, "salt": salt}, self._identity)
         if self._batches is not None:
             self._batches.close()
-        self._batches = pipeline.batches(
-            self._dataset,
-            config.data,
-            mesh=self._mesh,
-            image_size=config.model.image_size,
-            num_classes=config.model.num_classes,
-            seed=config.train.seed,
-            salt=salt,
-            offset=offset,
-            start_step=found.step if found else 0,
-        )
+        taken = {"image_size": config.model.image_size, "num_classes": config.model.num_classes}
+        order_of = {"seed": config.train.seed, "salt": salt, "offset": offset, "start_step": found.step if found else 0}
+        self._batches = pipeline.batches(self._dataset, config.data, mesh=self._mesh, **taken, **order_of)
 
     def _read_origin(self) -> starting.Origin | None:
         """The weights of `train.init_from`, once they are seen to fit."""
@@ -113,7 +99,7 @@ class Run:
         self._watch.skipped = found.record.skipped if found else 0
         self._replaced = found.record.replaced if found else 0
         self._pending = None
-        self._pace = pace.for_run(self._config, self._mesh, self._alignment, start=self._step)
+        self._pace = pace.for_run(self._config, self._mesh, self._alignment, start=self._step, ledger=self._ledger)
         if found:
             target = state.abstract_state(self._model, self._optimizer, self._shardings, alignment=self._alignment)
             was, now = found.record.config.optim, self._config.optim
@@ -143,10 +129,15 @@ class Run:
         self._watchdog.beat(patience=_PATIENCE)
         first = True
         while self._step < train.steps:
+            self._ledger.at(self._step, compiling=first)
             self._stop_if_asked()
+            if self._profiler.due(self._step):
+                self._settle()
+                with self._aside("profiling"):
+                    self._profiler.turn(self._step)
             with self._pace.waiting(self._devices_idle):
                 batch = next(self._batches)
-            with jax.transfer_guard("disallow"):
+            with jax.transfer_guard("allow" if jax.config.jax_debug_nans else "disallow"):  # it looks for a NaN op by op
                 self._state, metrics = self._train_step(self._state, batch, self._key, *self._frozen)
             self._step += 1
             self._settle()
@@ -158,7 +149,8 @@ class Run:
                 self._pace.restart(self._step)
             first = False
             if self._watch.exhausted:
-                self._roll_back()
+                with self._aside("start_up"):
+                    self._roll_back()
                 continue
             if self._step == train.steps:
                 self._save()
@@ -167,6 +159,9 @@ class Run:
                 if not self._watch.streak:  # a rollback must reach back to before the trouble
                     self._save()
             self._show()
+        self._ledger.at(self._step, compiling=False)
+        with self._aside("profiling"):
+            self._profiler.close(self._step)
         self._await_save()
         distributed.say(f"finished: {self._step} steps in {self._workdir}")
 
@@ -183,8 +178,8 @@ class Run:
         raise Interrupted(f"saved step {self._step} in {self._workdir}: run the same command again to go on", code=asked)
 
     def _await_save(self) -> None:
-        self._watchdog.beat(patience=_PATIENCE)
-        self._checkpoints.wait()
+        with self._aside("saving"):
+            self._checkpoints.wait()
 
     def _settle(self) -> None:
         """Fetches the metrics of the step before, so that the devices never wait for the host, and writes its row."""
@@ -204,7 +199,8 @@ class Run:
             rate = optim.learning_rate_after(updates, self._config.optim, total_steps=self._config.train.steps)
             speed = self._pace.measure(number)
             self._progress.note(speed)
-            self._writer.scalars(number, values | counts | {"learning_rate": rate} | speed | pace.device_memory())
+            rest = {"learning_rate": rate} | speed | pace.device_memory() | self._ledger.shares()
+            self._writer.scalars(number, values | counts | rest)
         self._progress.update(number, values)
 
     def _devices_idle(self) -> bool:
@@ -241,7 +237,7 @@ class Run:
     def _save(self) -> None:
         """Starts a save of the current step; never of numbers that are not finite."""
         self._settle()
-        with self._aside():
+        with self._aside("saving"):
             if not bad_numbers.all_finite(self._state):
                 raise Interrupted(
                     f"the state is not finite at step {self._step}: nothing saved, the checkpoint before stays",
@@ -263,7 +259,7 @@ class Run:
     def _show_samples(self) -> None:
         """A picture with a row of samples per class."""
         self._settle()
-        with self._aside():
+        with self._aside("showing"):
             picture = self._showing.picture(self._state.ema)
             if distributed.is_main():
                 self._writer.image(self._step, showing.PICTURE, picture)
@@ -273,17 +269,18 @@ class Run:
         self._settle()
         values: dict[str, float] = {}
         for prefix, params in (("", self._state.ema), ("raw_", self._state.weights)):
-            with self._aside():
+            with self._aside("showing"):
                 found = self._showing.metrics(params)
                 values |= {prefix + name: value for name, value in found.items() if not (prefix and name == "N")}
         if distributed.is_main():
             self._writer.scalars(self._step, values, table="eval")
 
     @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Work beside the steps: the watchdog is patient and the clock of images/s stands still."""
+    def _aside(self, part: str) -> Iterator[None]:
+        """Work beside the steps, a part of the ledger's: the watchdog is patient and the clock of images/s stands still."""
         self._watchdog.beat(patience=_PATIENCE)
-        yield
+        with self._ledger.part(part):
+            yield
         self._watchdog.beat()
         self._pace.restart(self._step)
 
@@ -295,6 +292,7 @@ class Run:
     def close(self) -> None:
         """Ends threads and workers and flushes what was written."""
         self._watchdog.stop()
+        self._profiler.close(self._step)
         if self._batches is not None:
             self._batches.close()
         self._close_writers()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from dip_jax.config import Config
-from dip_jax.runtime import accelerators
+from dip_jax.runtime import accelerators, goodput
 from dip_jax.training import workload
 from dip_jax.training.repa import Alignment
 
@@ -20,9 +20,19 @@ class Pace:
         batch_size: images per step, of all devices.
         flops_per_image: of a training step.
         peak_flops: per second, of all devices together; None where it is not known.
+        on_wait: called with the seconds of every wait for data that counts.
     """
 
-    def __init__(self, *, start: int, batch_size: int, flops_per_image: int, peak_flops: float | None):
+    def __init__(
+        self,
+        *,
+        start: int,
+        batch_size: int,
+        flops_per_image: int,
+        peak_flops: float | None,
+        on_wait: Callable[[float], None] = lambda seconds: None,
+    ):
+        self._on_wait = on_wait
         self._batch_size, self._flops, self._peak = batch_size, batch_size * flops_per_image, peak_flops
         self.restart(start)
 
@@ -36,7 +46,9 @@ class Pace:
         since = time.monotonic()
         yield
         if devices_idle():
-            self._waited += time.monotonic() - since
+            seconds = time.monotonic() - since
+            self._waited += seconds
+            self._on_wait(seconds)
 
     def measure(self, step: int) -> dict[str, float]:
         """What was measured since the last call, and begins anew; empty where no step was done in between.
@@ -60,14 +72,17 @@ class Pace:
         return found
 
 
-def for_run(options: Config, mesh: jax.sharding.Mesh, alignment: Alignment | None, *, start: int) -> Pace:
-    """The pace of a run on the devices of a mesh."""
+def for_run(
+    options: Config, mesh: jax.sharding.Mesh, alignment: Alignment | None, *, start: int, ledger: goodput.Ledger
+) -> Pace:
+    """The pace of a run on the devices of a mesh; the ledger gets what was waited for data."""
     peak = accelerators.peak_flops(mesh.devices.flat[0].device_kind)
     return Pace(
         start=start,
         batch_size=options.data.batch_size,
         flops_per_image=workload.step_flops(options.model, alignment),
         peak_flops=peak and peak * mesh.size,
+        on_wait=lambda seconds: ledger.move(seconds, "data"),
     )
 
 

@@ -9,6 +9,7 @@ import optax
 
 from dip_jax import config
 from dip_jax.models import cost, dip
+from dip_jax.reporting import console
 from dip_jax.runtime import writers
 from dip_jax.training.repa import Alignment, abstract_teacher
 from dip_jax.training.state import TrainState, abstract_state
@@ -83,13 +84,14 @@ def describe_work(
     teacher = abstract_teacher(alignment, mesh) if alignment else {}
     images = images_at_a_time(options, mesh.shape)
     parts = planned_bytes(model, arrays, teacher, images=images)
-    planned = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    planned = ", ".join(f"{name} {console.size(size)}" for name, size in parts.items())
+    whole_size = console.size(sum(parts.values()))
     in_head = sum(count(part) for name, part in arrays.ema.items() if name in ("head", "inject_head"))
     forward, whole = sum(cost.forward_flops(options.model).values()), step_flops(options.model, alignment)
     return (
         f"model: {count(arrays.ema):,} parameters, {in_head:,} in the head; "
         f"GFLOP per image: {forward / 1e9:.4g} forward, {whole / 1e9:.4g} in training\n"
-        f"memory planned per device, {images} image{'s' * (images > 1)} at a time: {_size(sum(parts.values()))} ({planned})\n"
+        f"memory planned per device, {images} image{'s' * (images > 1)} at a time: {whole_size} ({planned})\n"
         f"compiling; then {writers.progress_rhythm()}, and rows of metrics.jsonl by train.log_every={options.train.log_every}"
     )
 
@@ -98,7 +100,3 @@ def _bytes(tree: Any) -> int:
     """Of what one device holds."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,6 +1,7 @@
 """What lives in a bucket: lock, manifest, commit, table, on an in-memory store that cannot rename or append."""
 
 import importlib
+import time
 
 import fsspec
 import pytest
@@ -9,7 +10,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dip_jax.checkpoints import directories, manifest
 from dip_jax.errors import UserError
-from dip_jax.runtime import writers
+from dip_jax.jobs import status
+from dip_jax.runtime import goodput, writers
 from dip_jax.runtime.lock import Lock, _Lease
 
 
@@ -126,3 +128,21 @@ def test_a_renewed_lock_is_refused_and_a_dead_one_taken_over(root, monkeypatch):
     again = Lock(root)
     again.acquire()
     again.release()
+
+
+def test_hours_and_status_of_a_run_in_a_bucket(root, monkeypatch):
+    monkeypatch.setattr(goodput, "_period", lambda local: 0.05)
+    workdir = root.parent
+    (workdir / "config.json").write_text('{"train": {"steps": 9}}')
+    table = writers.Table(workdir / "metrics", resume_step=0)
+    with goodput.recording(workdir, began=time.monotonic()) as ledger:
+        ledger.at(2, compiling=False)
+        time.sleep(0.3)
+        write_step(root, 2)
+        table.add({"step": 2, "loss": 0.5, **ledger.shares()})
+        facts = status.describe(workdir, verify=True)
+        assert (facts["state"], facts["step"], facts["last"]) == ("going on", 2, {"loss": 0.5})
+        assert facts["seconds"]["steps"] > 0.2
+    facts = status.describe(workdir, verify=True)
+    assert [(row["checkpoint"], row["hashes"]) for row in facts["checkpoints"]] == [("2", "as it was written")]
+    assert (facts["state"], facts["starts"][0]["exit"]) == ("ended with exit code 0", "0")

@@ -3,17 +3,19 @@
 import errno
 import os
 import signal
+import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 
-from dip_jax.checkpoints import manifest
+from dip_jax.checkpoints import checkpoint, manifest
 from dip_jax.data import pipeline, prepared
 from dip_jax.errors import UserError
-from dip_jax.runtime import storage
+from dip_jax.runtime import profiling, storage
 from dip_jax.sampling import sample_files
-from dip_jax.training import loop, step
+from dip_jax.training import loop, showing, step
 
 
 def _harm_batches(harm) -> None:
@@ -186,3 +188,45 @@ def second_save_fails() -> None:
 
     manifest.write_manifest = write_manifest
     slow_steps()
+
+
+def known_times() -> None:
+    """Steps and batches take tenths of a second each; starting, saving, judging and profiles take seconds. All say so.
+
+    What these four do beside is not nothing on a busy machine, and said with it, by a clock of its own.
+    """
+    inside = []
+
+    def lasting(part: str, seconds: float, action):
+        def wrapped(*args, **kwargs):
+            inside.append(part)
+            began = time.perf_counter()
+            time.sleep(seconds)
+            result = action(*args, **kwargs)
+            inside.pop()
+            if not inside:
+                print(f"\ninjected {part} {time.perf_counter() - began:.4f}", file=sys.stderr, flush=True)
+            return result
+
+        return wrapped
+
+    compiled = step.compile_train_step
+
+    def compile_train_step(*args, **kwargs):
+        inner, calls = compiled(*args, **kwargs), []
+        slow = lasting("steps", 0.25, inner)
+
+        def train_step(*args):
+            calls.append(True)
+            return slow(*args) if len(calls) > 1 else inner(*args)  # the first is compiling
+
+        return train_step
+
+    step.compile_train_step = compile_train_step
+    _harm_batches(lambda k, salt, batch: lasting("data", 0.1, lambda: batch)())
+    checkpoint.Checkpoints.save = lasting("saving", 1.0, checkpoint.Checkpoints.save)
+    checkpoint.Checkpoints.wait = lasting("saving", 0.0, checkpoint.Checkpoints.wait)
+    showing.judge.open_judge = lambda *args, **kwargs: lambda images: types.SimpleNamespace(metrics={"N": len(images.labels)})
+    showing.Show.metrics = lasting("showing", 2.0, showing.Show.metrics)
+    profiling.Profiler.turn = lasting("profiling", 1.0, profiling.Profiler.turn)
+    prepared.open_dataset = lasting("start_up", 2.0, prepared.open_dataset)
