@@ -154,6 +154,7 @@ def give_release(checkpoint: epath.PathLike, *, out: str, weights: str = "ema", 
         UserError: as `make_release` and `checkpoints/hub.py`; the hub is asked before anything is written.
     """
     place = hub.parse(out)
+    directories.find(checkpoint, verify=False, report=distributed.say)  # before a repository is made for nothing
     hub.prepare_upload(out)
     with tempfile.TemporaryDirectory() as folder:
         name = (place.path or place.repo).split("/")[-1]

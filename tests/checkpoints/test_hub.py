@@ -160,6 +160,12 @@ def test_what_was_not_released_is_refused(server, trained, harm):
         checkpoint.load(NAME)
 
 
+def test_no_repository_is_made_for_nothing(server, tmp_path):
+    with pytest.raises(UserError, match="is no directory"):
+        convert.give_release(tmp_path / "nowhere", out=NAME)
+    assert not server.repositories
+
+
 def test_no_release_is_overwritten_and_a_card_stays(server, trained):
     server.create("somebody/small")
     server.commit("somebody/small", {"README.md": b"mine"})
@@ -227,7 +233,7 @@ def test_nothing_is_written_into_a_hub(command, capsys):
 
 def test_without_the_package_one_line_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    for arguments in ([f"--checkpoint={NAME}/a.pth", "--out=x"], ["--to=release", "--checkpoint=x", f"--out={NAME}"]):
+    for arguments in ([f"--checkpoint={NAME}/a.pth", "--out=x"], ["--to=release", f"--checkpoint={NAME}", "--out=x"]):
         assert main(["convert", *arguments]) == Exit.USER_ERROR
         assert "needs another package: pip install huggingface_hub" in capsys.readouterr().err
 
