@@ -43,6 +43,18 @@ class Config:
             raise UserError(
                 f"data.batch_size={self.data.batch_size} is not divisible by optim.accumulate={self.optim.accumulate}"
             )
+        if self.flow.frequency_weight and any(side % 8 for side in self.model.image_size):
+            raise UserError(
+                f"flow.frequency_weight={self.flow.frequency_weight} transforms blocks of 8x8 pixels, which "
+                f"model.image_size={self.model.image_size} is no multiple of: set it to 0"
+            )
+        if not self.model.internal and (self.train.only == "internal" or self.sample.internal_guidance != 1):
+            raise UserError(
+                f"train.only={self.train.only} and sample.internal_guidance={self.sample.internal_guidance} need the second "
+                "output: set model.internal=True, or train.only=all and sample.internal_guidance=1"
+            )
+        if self.train.only == "internal" and self.repa.weight:
+            raise UserError("train.only=internal trains no tokens to align: set repa.weight=0")
         judged, saved = self.train.eval_every, self.checkpoint.every_steps
         if self.checkpoint.keep_best and (not judged or judged % saved):
             raise UserError(

@@ -39,6 +39,8 @@ class Model:
     head_zero_init: bool | None = None  # the head's last layer starts at zero; None: the U-Net's does not, the others' do
     position: str = "rope"  # how tokens know their place: rope | rope+sincos (DiT's fixed table joins the embedded patches)
     label_std: float = 0.02  # standard deviation at the start of the label table
+    internal: bool = False  # a second output, of the tokens after an early block, for `sample.internal_guidance`
+    internal_after: int | None = None  # that block, counted from 1; None is a third of the depth
     prediction: str = "v"  # what the network says: v | x | eps; loss and sampling convert it to the velocity
     t_clip: float = 0.05  # floor of 1 - t (x) and of t (eps) in that conversion
     dtype: str = "bfloat16"  # compute; parameters, norms, softmax, RoPE, t and loss stay float32
@@ -57,6 +59,11 @@ class Model:
         if self.inject_after is None:
             object.__setattr__(self, "inject_after", max(self.depth // 2, 1))
         self._check()
+
+    @property
+    def internal_block(self) -> int:
+        """The block whose tokens the second output reads."""
+        return max(self.depth // 3, 1) if self.internal_after is None else self.internal_after
 
     def _check(self):
         for name in ("depth", "width", "num_heads", "patch_size", "head_width", "head_depth"):
@@ -80,6 +87,8 @@ class Model:
             )
         if not 1 <= self.inject_after <= self.depth:
             raise UserError(f"model.inject_after={self.inject_after} must lie in 1..model.depth={self.depth}")
+        if not 1 <= self.internal_block <= self.depth:
+            raise UserError(f"model.internal_after={self.internal_after} must lie in 1..model.depth={self.depth}")
         one_of("model.head_pool", self.head_pool, ("avg", "max"))
         one_of("model.head_upsample", self.head_upsample, ("transposed", "nearest"))
         one_of("model.head_init", self.head_init, ("fan_in", "he"))

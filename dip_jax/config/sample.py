@@ -19,6 +19,8 @@ class Sample:
     steps: int = 100
     guidance: float = 2.9  # v = v_u + guidance * (v_c - v_u)
     interval: tuple[float, float] = (0.11, 0.97)  # guidance applies where low < t < high, strictly
+    internal_guidance: float = 1.0  # v = v_i + internal_guidance * (v_f - v_i), v_i of the second output (`model.internal`)
+    internal_interval: tuple[float, float] = (0.0, 1.0)  # it applies where low <= t <= high
     t_shift: float = 1.0  # time grid t / (t + (1 - t) t_shift)
     sde_noise: float = 1.0  # sde: g^2 = 2 sde_noise (1 - t); 0 is the ODE
     batch_size: int = 64  # images per compiled call, over all devices
@@ -31,5 +33,9 @@ class Sample:
         not_negative("sample", self, "sde_noise")
         if not math.isfinite(self.guidance):
             raise UserError(f"sample.guidance={self.guidance} must be a finite number")
-        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
-            raise UserError(f"sample.interval={self.interval} must be low,high with 0 <= low <= high <= 1")
+        if not math.isfinite(self.internal_guidance):
+            raise UserError(f"sample.internal_guidance={self.internal_guidance} must be a finite number")
+        for name in ("interval", "internal_interval"):
+            ends = getattr(self, name)
+            if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
+                raise UserError(f"sample.{name}={ends} must be low,high with 0 <= low <= high <= 1")

@@ -14,6 +14,7 @@ class Train:
     seed: int = 0
     init_from: str = ""  # checkpoint whose weights a new run starts from (section 3.4); set by --init_from
     init_weights: str = "ema"  # of that checkpoint: ema (the average) | raw (the last update's); set by --init_weights
+    only: str = "all"  # what is trained: all | internal (the second output alone, on the model of --init_from)
     log_every: int = 100
     sample_every: int = 5000  # a grid drawn from the EMA; 0 is never
     eval_every: int = 0  # a small FID of the EMA and of the last weights; 0 is never
@@ -28,4 +29,5 @@ class Train:
         if len(self.profile_steps) != 2 or not 0 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise UserError(f"train.profile_steps={self.profile_steps} must be first,last with 0 <= first <= last")
         one_of("train.init_weights", self.init_weights, ("ema", "raw"))
+        one_of("train.only", self.only, ("all", "internal"))
         one_of("train.on_bad_steps", self.on_bad_steps, ("rollback", "abort"))

@@ -51,6 +51,7 @@ def sample(
     interval: tuple[float, float] = (0.11, 0.97),
     solver: str = "euler",
     t_shift: float = 1.0,
+    internal_guidance: float = 1.0,
     batch_size: int = 64,
     mesh: jax.sharding.Mesh | None = None,
 ) -> UInt8[np.ndarray, "N H W 3"]:
@@ -60,7 +61,7 @@ def sample(
         model, params: from `dip_jax.load` or `dip_jax.build`.
         labels: N classes in [0, num_classes); num_classes itself draws without a class.
         seed: image i is a function of (seed, i, labels[i]) alone.
-        steps, guidance, interval, solver, t_shift, batch_size: as in `config.Sample`.
+        steps, guidance, interval, solver, t_shift, internal_guidance, batch_size: as in `config.Sample`.
         mesh: devices to spread the images over; by default this process's own.
 
     Returns:
@@ -70,7 +71,13 @@ def sample(
         UserError: for a label or an option out of range, before compiling.
     """
     options = config.Sample(
-        solver=solver, steps=steps, guidance=guidance, interval=interval, t_shift=t_shift, batch_size=batch_size
+        solver=solver,
+        steps=steps,
+        guidance=guidance,
+        interval=interval,
+        t_shift=t_shift,
+        internal_guidance=internal_guidance,
+        batch_size=batch_size,
     )
     batches = trajectories.draw_batches(model, params, labels=labels, seed=seed, options=options, mesh=mesh)
     return np.concatenate([images for _, images in batches])
@@ -89,6 +96,10 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_integer("steps", None, "steps of the solver; default: the run's config, as for the next five", **own)
     absl_flags.DEFINE_float("guidance", None, "guidance scale; 1 is none", **own)
     absl_flags.DEFINE_list("interval", None, "low,high: guidance applies where low < t < high (t=1 is data)", **own)
+    absl_flags.DEFINE_float(
+        "internal_guidance", None, "internal guidance scale, of a model with model.internal; 1 is none", **own
+    )
+    absl_flags.DEFINE_list("internal_interval", None, "low,high: it applies where low <= t <= high", **own)
     absl_flags.DEFINE_string("solver", None, "euler, heun, ab2 or sde", **own)
     absl_flags.DEFINE_float("t_shift", None, "time shift; above 1 spends more steps near the noise", **own)
     absl_flags.DEFINE_integer("batch_size", None, "images at once, over all devices of a host", **own)
@@ -141,11 +152,12 @@ def _sample(flags: absl_flags.FlagValues) -> None:
 
 def _options(flags: absl_flags.FlagValues, base: config.Sample) -> config.Sample:
     """The run's sampling options with those that the command line names."""
-    named = {key: flags[key].value for key in ("steps", "guidance", "solver", "t_shift", "batch_size")}
-    if flags.interval is not None:
-        if len(flags.interval) != 2:
-            raise UserError(f"--interval={','.join(flags.interval)} must be low,high, such as 0.1,1.0")
-        named["interval"] = tuple(_number(float, "interval", text) for text in flags.interval)
+    named = {key: flags[key].value for key in ("steps", "guidance", "internal_guidance", "solver", "t_shift", "batch_size")}
+    for name in ("interval", "internal_interval"):
+        if (ends := flags[name].value) is not None:
+            if len(ends) != 2:
+                raise UserError(f"--{name}={','.join(ends)} must be low,high, such as 0.1,1.0")
+            named[name] = tuple(_number(float, name, text) for text in ends)
     return dataclasses.replace(base, **{key: value for key, value in named.items() if value is not None})
 
 

@@ -113,6 +113,8 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
         )
         distributed.require_same({"data.fingerprint": dataset.fingerprint})
         config = with_classes(config, dataset)
+        if config.train.only != "all" and not config.train.init_from:
+            raise UserError(f"train.only={config.train.only} trains a part of a finished model: name it by --init_from")
         lock = Lock(workdir)
         distributed.on_main(lambda: (storage.require_writable(workdir), lock.acquire()))
         stack.callback(lock.release)

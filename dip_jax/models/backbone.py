@@ -52,6 +52,13 @@ class Tap:
     tokens: jax.Array | None = None
 
 
+@dataclasses.dataclass
+class Along:
+    """What goes along with the tokens through all stacks of blocks while the network is traced."""
+
+    taps: tuple[Tap, ...] = ()
+
+
 class _Step(nn.Module):
     """`Block` as a scan body; tokens are pinned to the mesh between blocks, and kept where `take` says so."""
 
@@ -65,10 +72,10 @@ class _Step(nn.Module):
         self.block = block(model.num_heads, _grid(model), model.attention, lead=TOKENS[:2], dtype=jnp.dtype(model.dtype))
         nn.share_scope(self, self.block)  # no extra level in the parameter tree
 
-    def __call__(self, carry: tuple, c: jax.Array | None, adaln: jax.Array | None, take: jax.Array | None) -> tuple:
+    def __call__(self, carry: tuple, c: jax.Array | None, adaln: jax.Array | None, takes: tuple[jax.Array, ...]) -> tuple:
         tokens, taken = carry
         tokens = constrain(self.block(tokens, c, adaln), *TOKENS)
-        return (tokens, None if take is None else jnp.where(take, tokens, taken)), None
+        return (tokens, tuple(jnp.where(take, tokens, old) for take, old in zip(takes, taken, strict=True))), None
 
 
 def run_blocks(
@@ -79,14 +86,14 @@ def run_blocks(
     length: int,
     name: str,
     first: int = 0,
-    tap: Tap | None = None,
+    along: Along | None = None,
 ) -> jax.Array:
     """Equation (2) for `length` blocks: tokens [B, N, D] -> [B, N, D]; called inside the network's compact method.
 
     The parameters carry a leading "layers" axis whether `scan_layers` compiles one block or unrolls them all. `first` blocks
-    lie before these; `tap` takes tokens from among them without a change to the parameters.
+    lie before these; the taps of `along` take tokens from among them without a change to the parameters.
     """
-    tapped = tap is not None and first < tap.after <= first + length
+    taps = [tap for tap in along.taps if first < tap.after <= first + length] if along else []
     scanned = nn.scan(
         _Step,
         variable_axes={"params": 0},
@@ -98,8 +105,8 @@ def run_blocks(
     )
     ahead = isinstance(c, Modulations)
     told = (None, c.blocks[name]) if ahead else (c, None)
-    take = jnp.arange(1, length + 1) == tap.after - first if tapped else None
-    (tokens, taken), _ = scanned(model, name=name)((tokens, tokens if tapped else None), *told, take)
-    if tapped:
-        tap.tokens = taken
+    takes = tuple(jnp.arange(1, length + 1) == tap.after - first for tap in taps)
+    (tokens, taken), _ = scanned(model, name=name)((tokens, (tokens,) * len(taps)), *told, takes)
+    for tap, kept in zip(taps, taken, strict=True):
+        tap.tokens = kept
     return tokens

@@ -30,6 +30,7 @@ class Modulations:
     time: Any  # t_emb [..., B, D], float32
     blocks: dict[str, Any]  # equation (2) by stack, [..., B, L, 1, 6, D]; this and `final` in the compute dtype
     final: Any  # adaLN of the final layer [..., B, 1, 2, D]; None where there is none
+    internal: Any = None  # the same of the second output
 
 
 Conditioning = jax.Array | Modulations  # c [B, 1, D], or all that the network makes of it
@@ -63,7 +64,8 @@ def modulations(model: config.Model, params: Params, times: Float[jax.Array, "S"
         return constrain(made, None, "batch", "layers", None, None, "act_embed")  # for the reason given in `Block`
 
     blocks = {name: of_stack(part["modulation"]) for name, part in params.items() if name.startswith("blocks")}
-    return Modulations(time, blocks, adaln(2, params["final"]["modulation"]) if "final" in params else None)
+    outputs = {name: adaln(2, params[name]["modulation"]) if name in params else None for name in ("final", "internal")}
+    return Modulations(time, blocks, **outputs)
 
 
 def time_features(t: jax.Array) -> jax.Array:

@@ -45,6 +45,7 @@ def forward_flops(model: config.Model) -> dict[str, int]:
         "blocks_after": (model.depth - before) * layer,
         "inject": n * 3 * p * p * d if injected else 0,
         "inject_head": head if injected else 0,
+        "internal": n * d * 3 * p * p + 2 * d * d if model.internal else 0,
         "head": 0 if model.placement == "intermediate" else head,
         "final": n * d * 3 * p * p + 2 * d * d if model.head == "none" or model.placement == "intermediate" else 0,
     }

@@ -10,7 +10,7 @@ Everything outside `models/` sees parameters as a plain nested dict of float32 a
 import dataclasses
 import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,11 +20,11 @@ from jaxtyping import Float
 from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.models import condition
-from dip_jax.models.backbone import TOKENS, PatchEmbed, Tap
+from dip_jax.models.backbone import TOKENS, Along, PatchEmbed, Tap
 from dip_jax.models.condition import Condition, Modulations
 from dip_jax.models.layers import Named
 from dip_jax.models.patches import patchify, unpatchify
-from dip_jax.models.placement import PLACEMENTS, check_placement
+from dip_jax.models.placement import PLACEMENTS, check_placement, final
 from dip_jax.runtime.sharding import constrain, is_axes
 from dip_jax.typing import Images, Labels, Params, PRNGKey, Times, Tokens
 
@@ -33,16 +33,29 @@ class _Network(nn.Module):
     config: config.Model
 
     @nn.compact
-    def __call__(self, x_t: jax.Array, t: jax.Array, y: jax.Array, ahead: Modulations | None, after: int | None) -> tuple:
+    def __call__(
+        self, x_t: jax.Array, t: jax.Array, y: jax.Array, ahead: Modulations | None, after: int | None, internal: bool
+    ) -> tuple:
         model = self.config
         p = patchify(x_t, model.patch_size)
         p = constrain(p, "batch", "tokens", "height", "width", "channels")
         t_emb, c = (ahead.time, ahead) if ahead is not None else Condition(model, name="condition")(t, y)
         tokens = PatchEmbed(model, name="patch_embed")(p)
-        tap = None if after is None else Tap(after)
-        out, tokens = PLACEMENTS[model.placement](model, p, tokens, t_emb, c, tap)
-        features = constrain(tokens, *TOKENS) if tap is None else tap.tokens
-        return unpatchify(out.astype(jnp.float32), model.image_size), features
+        asked, early = Tap(after or 0), Tap(model.internal_block)
+        taps = (asked,) * (after is not None) + (early,) * internal
+        out, tokens = PLACEMENTS[model.placement](model, p, tokens, t_emb, c, Along(taps))
+        features = constrain(tokens, *TOKENS) if after is None else asked.tokens
+        outputs = [out, final(model, early.tokens, c, p, name="internal")] if internal else [out]
+        images = [unpatchify(each.astype(jnp.float32), model.image_size) for each in outputs]
+        return images[0], features, images[1] if internal else None
+
+
+class Outputs(NamedTuple):
+    """What one pass through the network gives."""
+
+    prediction: Images  # float32 [B, H, W, 3]
+    tokens: Tokens
+    internal: Images | None  # the second output, a prediction of the same kind; None without `model.internal`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,25 +107,39 @@ class DiP:
 
     def apply_with_features(self, params: Params, x_t: Images, t: Times, y: Labels, *, after: int) -> tuple[Images, Tokens]:
         """The prediction as by `apply`, and the tokens [B, N, D] after block `after`, from 1 to the depth."""
-        return self._run(params, x_t, t, y, after=after)
+        return self._run(params, x_t, t, y, after=after)[:2]
+
+    def apply_all(
+        self, params: Params, x_t: Images, t: Times, y: Labels, ahead: Modulations | None = None, *, after: int | None = None
+    ) -> Outputs:
+        """All outputs of one pass; `ahead` as in `apply`, `after` as in `apply_with_features` (None: after the last block)."""
+        return Outputs(*self._run(params, x_t, t, y, ahead=ahead, after=after, internal=self.config.internal))
 
     def logical_axes(self) -> Any:
         """The tree of `init` with each array replaced by its tuple of logical axis names (see `sharding.RULES`)."""
         return _logical_axes(self)
 
     def _run(
-        self, params: Params, x_t: Images, t: Times, y: Labels, *, ahead: Modulations | None = None, after: int | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        params: Params,
+        x_t: Images,
+        t: Times,
+        y: Labels,
+        *,
+        ahead: Modulations | None = None,
+        after: int | None = None,
+        internal: bool = False,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         if x_t.shape[1:] != (*self.config.image_size, 3):
             raise UserError(
                 f"images of shape {x_t.shape[1:]} do not fit model.image_size={self.config.image_size} with 3 channels"
             )
-        return _Network(self.config).apply({"params": params}, x_t, t, y, ahead, after)
+        return _Network(self.config).apply({"params": params}, x_t, t, y, ahead, after, internal)
 
     def _init_named(self, key: PRNGKey) -> Any:
         x_t = jnp.zeros((1, *self.config.image_size, 3), jnp.float32)
         t, y = jnp.zeros((1,), jnp.float32), jnp.zeros((1,), jnp.int32)
-        return _Network(self.config).init(key, x_t, t, y, None, None)["params"]
+        return _Network(self.config).init(key, x_t, t, y, None, None, self.config.internal)["params"]
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from dip_jax import config
 from dip_jax.config.checks import one_of
 from dip_jax.errors import UserError
 from dip_jax.models import folding
-from dip_jax.models.backbone import TOKENS, Tap, run_blocks
+from dip_jax.models.backbone import TOKENS, Along, run_blocks
 from dip_jax.models.condition import Conditioning, Modulations
 from dip_jax.models.detailers import HEADS, check_head
 from dip_jax.models.layers import FinalLayer, Linear
@@ -48,9 +48,10 @@ class MappedHead(nn.Module):
         return jnp.concatenate([self.mapped(p, s, t_emb) for p, s in groups], axis=1)
 
 
-def _final(model: config.Model, tokens: jax.Array, c: Conditioning, like: jax.Array) -> jax.Array:
-    layer = FinalLayer(3 * model.patch_size**2, jnp.dtype(model.dtype), name="final")
-    out = layer(tokens, None, c.final) if isinstance(c, Modulations) else layer(tokens, c)
+def final(model: config.Model, tokens: jax.Array, c: Conditioning, like: jax.Array, *, name: str = "final") -> jax.Array:
+    """The final layer F under `name`: tokens [B, N, D] -> patches in the shape of `like`."""
+    layer = FinalLayer(3 * model.patch_size**2, jnp.dtype(model.dtype), name=name)
+    out = layer(tokens, None, getattr(c, name)) if isinstance(c, Modulations) else layer(tokens, c)
     return out.reshape(like.shape)
 
 
@@ -61,41 +62,47 @@ def _inject(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Arr
     return constrain(tokens + project(refined.reshape(*tokens.shape[:2], -1)), *TOKENS)
 
 
-def post_hoc(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning, tap: Tap | None) -> tuple:
+def post_hoc(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning, along: Along) -> tuple:
     """Equation (1); head "none" is the DiT-only baseline. Called inside the network's compact method."""
-    tokens = run_blocks(model, tokens, c, length=model.depth, name="blocks", tap=tap)
+    tokens = run_blocks(model, tokens, c, length=model.depth, name="blocks", along=along)
     if HEADS[model.head] is None:
-        return _final(model, tokens, c, p), tokens
+        return final(model, tokens, c, p), tokens
     return MappedHead(model, name="head")(p, tokens, t_emb), tokens
 
 
 def _injected(
-    model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning, tap: Tap | None
+    model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning, along: Along
 ) -> jax.Array:
-    tokens = run_blocks(model, tokens, c, length=model.inject_after, name="blocks", tap=tap)
+    tokens = run_blocks(model, tokens, c, length=model.inject_after, name="blocks", along=along)
     tokens = _inject(model, p, tokens, t_emb)
     if model.inject_after < model.depth:
         tokens = run_blocks(
-            model, tokens, c, length=model.depth - model.inject_after, name="blocks_after", first=model.inject_after, tap=tap
+            model,
+            tokens,
+            c,
+            length=model.depth - model.inject_after,
+            name="blocks_after",
+            first=model.inject_after,
+            along=along,
         )
     return tokens
 
 
 def intermediate(
-    model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning, tap: Tap | None
+    model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning, along: Along
 ) -> tuple:
     """Equation (2), with k = `inject_after`."""
-    tokens = _injected(model, p, tokens, t_emb, c, tap)
-    return _final(model, tokens, c, p), tokens
+    tokens = _injected(model, p, tokens, t_emb, c, along)
+    return final(model, tokens, c, p), tokens
 
 
-def hybrid(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning, tap: Tap | None) -> tuple:
+def hybrid(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning, along: Along) -> tuple:
     """Equation (3)."""
-    tokens = _injected(model, p, tokens, t_emb, c, tap)
+    tokens = _injected(model, p, tokens, t_emb, c, along)
     return MappedHead(model, name="head")(p, tokens, t_emb), tokens
 
 
-# (model, patches, embedded tokens, t_emb, c, tap) -> (output patches [B, N, P, P, 3], tokens after the last block [B, N, D]).
+# (model, patches, embedded tokens, t_emb, c, along) -> (output patches [B, N, P, P, 3], tokens after the last block [B, N, D]).
 PLACEMENTS: dict[str, Callable] = {"post_hoc": post_hoc, "intermediate": intermediate, "hybrid": hybrid}
 
 

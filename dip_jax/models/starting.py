@@ -92,6 +92,8 @@ def start_from(params: Params, origin: Origin, *, model: config.Model, rows: Row
         wrong += [f"{name}{path}: {old.get(path)} instead of {shape}" for path, shape in new.items() if old.get(path) != shape]
     if wrong:
         raise UserError(f"the weights to start from do not fit this model: {'; '.join(wrong[:5])}")
+    if _same_internal(params, origin, model=model):
+        shared.append("internal")
     shared += [part for name in shared_heads(params, origin, model=model) for part in _HEADS[name]]
     return {**params, **{name: source[name] for name in shared}}
 
@@ -109,6 +111,12 @@ def shared_heads(params: Params, origin: Origin, *, model: config.Model) -> list
     return [name for name in there if same and _shapes(params[name]) == _shapes(origin.params[name])]
 
 
+def _same_internal(params: Params, origin: Origin, *, model: config.Model) -> bool:
+    """Whether the second output carries over: it reads the same block, and has the same shape."""
+    there = model.internal and origin.model.internal and model.internal_block == origin.model.internal_block
+    return there and _shapes(params["internal"]) == _shapes(origin.params["internal"])
+
+
 def describe(params: Params, origin: Origin, *, model: config.Model, rows: Rows) -> str:
     """What carries over, in a few words for the user."""
     heads = [name for name in _HEADS if name in params]
@@ -120,6 +128,7 @@ def describe(params: Params, origin: Origin, *, model: config.Model, rows: Rows)
     if origin.model.image_size != model.image_size:
         said.append("images of {} x {}, were {} x {}".format(*model.image_size, *origin.model.image_size))
     said += ["a new head"] if heads and kept != heads else []
+    said += ["a new second output"] if model.internal and not _same_internal(params, origin, model=model) else []
     differing = [name for name in _MEANING_FIELDS if getattr(model, name) != getattr(origin.model, name)]
     said += [f"{name} {getattr(model, name)}, was {getattr(origin.model, name)}" for name in differing]
     return "; ".join(said)

@@ -41,6 +41,7 @@ def sampling(settings: Mapping[str, Any]) -> dict[str, str]:
         "guidance": [
             _with(settings, "guidance", "{:g}"),
             "where {:g} < t < {:g}".format(*interval) if _is_interval(interval) else None,
+            _with(settings, "internal_guidance", "internal {:g}") if settings.get("internal_guidance") != 1 else None,
         ],
         "seed": [settings.get("seed")],
     }

@@ -2,6 +2,10 @@
 
     v = v_u + w (v_c - v_u) where low < t < high, else v_c      (Ho & Salimans 2022)
 
+Internal guidance (Zhou et al. 2025) comes first, in each half: with v_i of an output after an early block, and v_f of the last,
+
+    v = v_i + w' (v_f - v_i) where low' <= t <= high', else v_f
+
 The interval (Kynkaanniemi et al. 2024) has strict ends. Outside it the unconditional half of the network does not run.
 """
 
@@ -13,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dip_jax import config
-from dip_jax.typing import Ahead, Labels, Predict
+from dip_jax.errors import UserError
+from dip_jax.typing import Ahead, Images, Labels, Predict, Times
 
+_NEAR = 1e-6  # the same of float32 times
 _SAME = 1e-12  # float64 times as near as this are one: the grid's own rounding stays under 1e-15
 
 
@@ -25,6 +31,23 @@ def is_guided(times: np.ndarray, sample: config.Sample) -> np.ndarray:
     """
     low, high = sample.interval
     return (times - low > _SAME) & (high - times > _SAME) & (sample.guidance != 1.0)
+
+
+def internal(final: Images, early: Images, t: Times, *, sample: config.Sample) -> Images:
+    """Internal guidance of two velocities at times t [B]; both come from one evaluation of the network."""
+    low, high = sample.internal_interval
+    inside = (t >= low - _NEAR) & (t <= high + _NEAR)
+    scale = jnp.where(inside, sample.internal_guidance, 1.0)[:, None, None, None]
+    return early + scale * (final - early)
+
+
+def check_internal(sample: config.Sample, model: config.Model) -> None:
+    """Raises `UserError` where internal guidance is asked of a model without a second output."""
+    if sample.internal_guidance != 1 and not model.internal:
+        raise UserError(
+            f"internal guidance {sample.internal_guidance} needs a model with a second output (model.internal): leave it "
+            "at 1, or train that output by train --init_from --config.model.internal=True --config.train.only=internal"
+        )
 
 
 @dataclass(frozen=True)

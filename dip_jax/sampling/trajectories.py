@@ -21,7 +21,7 @@ from dip_jax import config, flow
 from dip_jax.errors import UserError
 from dip_jax.models import dip
 from dip_jax.runtime import sharding
-from dip_jax.sampling import sampler
+from dip_jax.sampling import guidance, sampler
 from dip_jax.sampling.labels import check_labels
 from dip_jax.typing import Params
 
@@ -75,6 +75,7 @@ def draw_batches(
         UserError: for a label or seed out of range, before compiling; for images that are not finite.
     """
     labels = check_labels(labels, model)
+    guidance.check_internal(options, model.config)
     size = options.batch_size
     mesh = mesh or sharding.make_mesh(config.Mesh(), jax.local_devices())
     static = {"model": model, "options": options}
@@ -104,6 +105,7 @@ def draw_frames(
 ) -> Frames:
     """The way from noise to image of a few samples, in one batch; arguments as `draw_batches`."""
     labels = check_labels(labels, model)
+    guidance.check_internal(options, model.config)
     mesh = mesh or sharding.make_mesh(config.Mesh(), jax.local_devices())
     static = {"model": model, "options": options, "frames": frames}
     params = _ready(model, params, mesh)
@@ -196,7 +198,11 @@ def _arguments(params, seed, indices, labels, model, options):
         network = dataclasses.replace(network, t_clip=min(network.t_clip, 1 - float(sampler.time_grid(options)[-2])))
 
     def predict(x_t, t, y, *ahead):
-        return flow.to_velocity(model.apply(params, x_t, t, y, *ahead), x_t, t, model=network)
+        if options.internal_guidance == 1:
+            return flow.to_velocity(model.apply(params, x_t, t, y, *ahead), x_t, t, model=network)
+        said = model.apply_all(params, x_t, t, y, *ahead)
+        final, early = (flow.to_velocity(each, x_t, t, model=network) for each in (said.prediction, said.internal))
+        return guidance.internal(final, early, t, sample=options)
 
     shared = {"image_shape": (*model.config.image_size, 3), "null_label": model.config.num_classes}
     shared |= {"sample": options, "ahead": _ahead(model, params, labels, options)}

@@ -57,14 +57,14 @@ class Run:
         self._shardings = state.state_shardings(self._model, self._optimizer, self._mesh, zero1=config.mesh.zero1, **aligned)
         self._frozen, places = repa.place_teacher(teacher, self._mesh)
         parts = (self._model, self._optimizer, self._shardings, self._mesh)
-        self._train_step = step.compile_train_step(*parts, objective=config.flow, optim=config.optim, frozen=places, **aligned)
+        asked = {"objective": config.flow, "optim": config.optim, "only": config.train.only}
+        self._train_step = step.compile_train_step(*parts, **asked, frozen=places, **aligned)
         planned = (config, self._model, self._optimizer, self._shardings)
         distributed.on_main(
             lambda: distributed.say(workload.describe_work(*planned, alignment=self._alignment, mesh=self._mesh))
         )
         replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
-        root = jax.jit(lambda: jax.random.fold_in(jax.random.key(config.train.seed), _NOISE), out_shardings=replicated)
-        self._key = root()
+        self._key = jax.jit(lambda: jax.random.fold_in(jax.random.key(config.train.seed), _NOISE), out_shardings=replicated)()
         if distributed.is_main():
             storage.write_text(self._workdir / "config.json", json.dumps(to_dict(config), indent=1))
         self._start_from(found)

@@ -13,8 +13,10 @@ from jaxtyping import Array, Float
 from dip_jax import flow
 from dip_jax.config import Flow, Optim
 from dip_jax.runtime import sharding
+from dip_jax.training import parts as trained
+from dip_jax.training.losses import Losses, losses
 from dip_jax.training.optim import ema_decay
-from dip_jax.training.repa import PROJECTOR, Alignment, without_projector
+from dip_jax.training.repa import Alignment, without_projector
 from dip_jax.training.state import TrainState
 from dip_jax.typing import Images, Params, PRNGKey, RawImages
 
@@ -38,29 +40,34 @@ def train_step(
     objective: Flow,
     optim: Optim,
     alignment: Alignment | None = None,
+    only: str = "all",
 ) -> tuple[TrainState, Metrics]:
-    """One update. Pure; jit it through `compile_train_step`. `alignment` comes with its teacher's `frozen` parameters.
+    """One update. Pure; jit it through `compile_train_step`. `alignment` comes with its teacher's `frozen` parameters; `only`
+    as `train.only`.
 
     The step's randomness is `key` folded with `state.step`, so step k of any run with this key draws the same noise. A
     non-finite loss or gradient norm leaves parameters, optimizer and EMA as they were; the step still counts.
 
     Returns:
-        The new state and float32 scalars: loss, with `alignment` its parts loss_flow and loss_repa, grad_norm (before
+        The new state and float32 scalars: loss and its parts (`training/losses.py`), grad_norm (before
         clipping) and param_norm (of all that is trained, the projector too), and skipped (1 where the update was not applied).
     """
     key = jax.random.fold_in(key, state.step)
     image = sharding.constrain(to_float(batch["image"]), "batch", "height", "width", "channels")
     corrupted = flow.corrupt(key, image, batch["label"], flow=objective, model=model.config)
-    objectives = functools.partial(_losses, model=model, alignment=alignment, frozen=frozen)
-    losses, grads = _value_and_grad(objectives, state.params, (corrupted, image), parts=optim.accumulate)
+    minimised = functools.partial(losses, model=model, objective=objective, alignment=alignment, frozen=frozen)
+    if only != "all":
+        minimised = functools.partial(_only, minimised, only)
+    found, grads = _value_and_grad(minimised, state.params, (corrupted, image), parts=optim.accumulate)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(found["loss"]) & jnp.isfinite(grad_norm)
 
     def update():
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = trained.keep(state.params, optax.apply_updates(state.params, updates), only)
         decay = ema_decay(optim, state.step)
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, without_projector(params))
+        ema = trained.keep(state.ema, ema, only)
         return params, opt_state, ema
 
     def keep():
@@ -69,7 +76,7 @@ def train_step(
     # A branch, not a select per array: on two CPU cores the select made this part five times slower.
     params, opt_state, ema = jax.lax.cond(finite, update, keep)
     metrics = {
-        **losses,
+        **found,
         "grad_norm": grad_norm,
         "param_norm": optax.tree.norm(params),
         "skipped": 1.0 - finite.astype(jnp.float32),
@@ -77,23 +84,15 @@ def train_step(
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
-def _losses(params: Params, batch: tuple[flow.Corrupted, Images], *, model: Any, alignment: Any, frozen: Any) -> Metrics:
-    """What is minimised under "loss", and its parts where there are several."""
-    corrupted, image = batch
-    if alignment is None:
-        return {"loss": flow.loss(functools.partial(model.apply, params), corrupted, model=model.config)}
-    inputs, after = (corrupted.x_t, corrupted.t, corrupted.y), alignment.options.layer
-    prediction, tokens = model.apply_with_features(without_projector(params), *inputs, after=after)
-    of_flow = flow.error(prediction, corrupted, model=model.config)
-    of_repa = alignment.loss(params[PROJECTOR], tokens, frozen, image)
-    return {"loss": of_flow + alignment.options.weight * of_repa, "loss_flow": of_flow, "loss_repa": of_repa}
+def _only(minimised: Callable[..., Losses], only: str, params: Params, batch: Any) -> Losses:
+    return minimised(trained.hold(params, only), batch)
 
 
-def _value_and_grad(losses: Callable[..., Metrics], params: Params, batch: Any, *, parts: int) -> tuple[Metrics, Params]:
+def _value_and_grad(minimised: Callable[..., Losses], params: Params, batch: Any, *, parts: int) -> tuple[Losses, Params]:
     """Losses and gradient of the batch; with `parts` > 1 as the mean over micro-batches run one after the other."""
 
     def loss(params, batch):
-        found = losses(params, batch)
+        found = minimised(params, batch)
         return found["loss"], found
 
     def both(params, batch):
@@ -123,6 +122,7 @@ def compile_train_step(
     optim: Optim,
     alignment: Alignment | None = None,
     frozen: Any = None,
+    only: str = "all",
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted step: the state donated and kept where `shardings` puts it, the batch split over devices, metrics replicated.
 
@@ -133,7 +133,7 @@ def compile_train_step(
     replicated = NamedSharding(mesh, PartitionSpec())
     batch = NamedSharding(mesh, sharding.spec(("batch",)))
     step = functools.partial(
-        train_step, model=model, optimizer=optimizer, objective=objective, optim=optim, alignment=alignment
+        train_step, model=model, optimizer=optimizer, objective=objective, optim=optim, alignment=alignment, only=only
     )
     placed = (shardings, {"image": batch, "label": batch}, replicated)
     return jax.jit(

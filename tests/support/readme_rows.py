@@ -36,9 +36,9 @@ def add_head(*, costed: bool = True) -> None:
         exec(line, dict(vars(cost)))
 
 
-def doubled(model, p, tokens, t_emb, c, tap) -> tuple:
+def doubled(model, p, tokens, t_emb, c, along) -> tuple:
     """A placement: the head after the last block, its patches twice as bright."""
-    patches, tokens = placement.post_hoc(model, p, tokens, t_emb, c, tap)
+    patches, tokens = placement.post_hoc(model, p, tokens, t_emb, c, along)
     return 2 * patches, tokens
 
 
