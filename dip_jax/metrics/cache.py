@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import zipfile
 
 import jax
@@ -14,13 +13,14 @@ from dip_jax.metrics import features
 from dip_jax.metrics.features import KEPT, Network, Summary
 from dip_jax.metrics.image_sets import ImageSet
 from dip_jax.metrics.statistics import Gaussian
+from dip_jax.runtime import storage
 
 _FORMAT = 2
 
 
 def default_folder() -> str:
     """The folder in which statistics of references are kept."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dip_jax")
+    return storage.cache_folder()
 
 
 def summarise(network: Network, images: ImageSet, *, batch_size: int, folder: epath.PathLike | None) -> Summary:

@@ -14,13 +14,15 @@ import zlib
 
 import jax
 
+from dip_jax.runtime import storage
+
 LIMIT = 2 * 2**30  # bytes, when a command starts; an entry of a large model has 1 to 20 MB
 _SWEPT = "swept"  # its time is that of the last sweep: what is older was found whole
 
 
 def default_folder() -> pathlib.Path:
     """The user's folder of compiled programs."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dip_jax", "xla")
+    return pathlib.Path(storage.cache_folder(), "xla")
 
 
 def keep() -> None:

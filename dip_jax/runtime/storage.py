@@ -49,6 +49,12 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return epath.Path(os.path.abspath(path.expanduser())) if is_local(path) else path
 
 
+def cache_folder() -> str:
+    """The user's folder for what can be made again; a relative $XDG_CACHE_HOME does not count, as its standard says."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return os.path.join(home if os.path.isabs(home) else os.path.expanduser("~/.cache"), "dip_jax")
+
+
 def write_text(path: epath.Path, text: str) -> None:
     """`write_bytes` of the text in UTF-8."""
     write_bytes(path, text.encode())

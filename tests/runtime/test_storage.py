@@ -1,5 +1,7 @@
 """Outputs are what their names say."""
 
+import os
+
 import pytest
 
 from dip_jax.errors import UserError
@@ -40,3 +42,11 @@ def test_what_exists_as_another_kind_of_thing_is_refused(tmp_path):
         storage.require_folder_name(tmp_path / "b", flag="--out")
     storage.require_folder_name(tmp_path / "c", flag="--out")
     storage.require_file_name(tmp_path / "c.png", flag="--out", suffix=".png")
+
+
+@pytest.mark.parametrize(
+    "home, found", [("/elsewhere", "/elsewhere/dip_jax"), ("", "~/.cache/dip_jax"), ("rel", "~/.cache/dip_jax")]
+)
+def test_the_users_cache_lies_in_no_relative_folder(home, found, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    assert storage.cache_folder() == os.path.expanduser(found)
