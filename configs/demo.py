@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.flow.update(t_mean=-0.5)
     # A short run: many small steps at a high rate that decays, and an average that forgets the first weights.
     config.optim.update(
-        learning_rate=2.5e-3, warmup_steps=200, schedule="cosine", grad_clip=1.0, ema_decay=0.998, ema_warmup=True
+        learning_rate=2.5e-3, warmup_steps=200, schedule="cosine", grad_clip=1.0, ema_decays=(0.998,), ema_warmup=True
     )
     config.data.update(path="datasets/photo_crops", source="photo_crops", batch_size=16, num_threads=2)
     config.checkpoint.update(every_steps=550, keep_last=2)

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.model.update(dtype="float32", remat="none", head_remat=False, scan_layers=False)
     config.flow.update(t_mean=-0.5)
     config.optim.update(
-        learning_rate=2e-3, warmup_steps=400, schedule="cosine", grad_clip=1.0, ema_decay=0.999, ema_warmup=True
+        learning_rate=2e-3, warmup_steps=400, schedule="cosine", grad_clip=1.0, ema_decays=(0.999,), ema_warmup=True
     )
     config.data.update(path="datasets/photo_crops", source="photo_crops", batch_size=16, num_threads=2)
     config.checkpoint.update(every_steps=1000, keep_last=2)

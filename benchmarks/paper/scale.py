@@ -112,7 +112,7 @@ def _config(scale: Scale, *, seed: int, data: str, steps: int, batch_size: int) 
         warmup_steps=steps // 20,
         schedule="cosine",
         grad_clip=1.0,
-        ema_decay=0.995,
+        ema_decays=(0.995,),
         ema_warmup=True,
     )
     return Config(

@@ -1,9 +1,9 @@
 """Checkpoints: what a step directory is, and the order of a restore.
 
-A step directory `WORKDIR/checkpoints/STEP` holds three items, each readable without the others, and their hashes:
+A step directory `WORKDIR/checkpoints/STEP` holds three items or more, each readable without the others, and their hashes:
 
     state/           step, params, opt_state: what training goes on from
-    ema/             the averaged weights: what everybody else wants
+    ema/             the averaged weights: what everybody else wants; with several decays also ema_1/, ema_2/, …
     config/          JSON: the config, what the data order depends on, counters
     MANIFEST.xxh128  written last, inside the same atomic commit
 
@@ -14,20 +14,20 @@ Restore order:
     `checkpoints/damaged/` (never deleted), and the next older one is tried.
  3. Nothing left and nothing damaged: training starts at step 0. Nothing left but damaged steps: stop, the user decides.
  4. Read `config`. The caller refuses another config or other data here, before anything is compiled.
- 5. Compare every leaf of `state` and `ema` with the target: names, shapes, dtypes. A difference is an error listing leaves.
+ 5. Compare every leaf with the target: names, shapes, dtypes. A difference is an error listing leaves.
  6. Read the arrays straight onto the target's shardings, whatever mesh or host count wrote them.
 """
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from dip_jax.checkpoints import directories, items, manifest, orbax_logging
+from dip_jax.checkpoints import averages, directories, items, manifest, orbax_logging
 from dip_jax.checkpoints.items import Record, read_record
 from dip_jax.config import Checkpoint, Config, Train
 from dip_jax.config.checks import one_of
@@ -36,7 +36,7 @@ from dip_jax.models import dip, starting
 from dip_jax.runtime import distributed, sharding, storage
 from dip_jax.typing import Params
 
-ITEMS_UNREAD = {"ema": ("state",), "raw": ("ema",), "initial": ("state", "ema")}  # by weights of `load`
+NAMES, ITEMS_UNREAD = averages.NAMES, averages.UNREAD  # by weights of `load`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,19 +97,21 @@ class Checkpoints:
         place = directories.set_aside(self.root, step)
         self._report(f"checkpoint {step} is damaged ({fault}): moved to {place}, trying the one before")
 
-    def restore(self, found: Found, target: Any, *, partial: bool = False) -> Any:
+    def restore(self, found: Found, target: Any, *, partial: bool = False, names: Sequence[str] = ()) -> Any:
         """Reads the arrays of a found step (5 and 6 of the restore order).
 
         Args:
             found: from `find`.
             target: a `TrainState` of `jax.ShapeDtypeStruct` with shardings, of any mesh; `partial`: less than was saved.
+            names: the items that the averages are read from; by default those that such a state is saved in.
 
         Raises:
             UserError: if names, shapes or dtypes differ from the target, listing leaves.
         """
         read = _read_together if self._options.read_once else items.read_arrays
-        ema = read(found.path / "ema", target.ema)
-        return target.replace(**read(found.path / "state", _state(target), partial=partial), ema=ema)
+        names = names or NAMES[: len(target.emas)]
+        emas = tuple(read(found.path / name, ema) for name, ema in zip(names, target.emas, strict=True))
+        return target.replace(**read(found.path / "state", _state(target), partial=partial), emas=emas)
 
     def save(self, step: int, state: Any, record: Record) -> None:
         """Starts a save and returns once the arrays are copied off the devices. Does nothing where the step exists.
@@ -124,7 +126,8 @@ class Checkpoints:
         storage.require_space(self.root, int(1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))))
         self._current = self.root / str(step)
         try:
-            self._writer.save(self._current, args=items.compose({"state": _state(state), "ema": state.ema}, record))
+            arrays = {"state": _state(state)} | dict(zip(NAMES, state.emas, strict=False))
+            self._writer.save(self._current, args=items.compose(arrays, record))
         except OSError as error:
             raise self._failure(error) from error
         self._saving = self._thread.submit(self._finish)
@@ -174,12 +177,16 @@ class Checkpoints:
             self._writer.close()
 
 
-def load(path: epath.PathLike, *, weights: str = "ema", dtype: str | None = None, verify: bool = True) -> tuple[Any, Params]:
+def load(
+    path: epath.PathLike, *, weights: str = "ema", ema: float | None = None, dtype: str | None = None, verify: bool = True
+) -> tuple[Any, Params]:
     """A trained model and its weights; needs no config, mesh or optimizer.
 
     Args:
         path: a workdir (its newest undamaged step is used), a step directory, what `convert` wrote, or `hf://OWNER/NAME`.
-        weights: "ema" (what samples are drawn from), "raw" (the last update), "initial" (step 0, by seed and `init_from`).
+        weights: "ema" (what samples are drawn from), "raw" (the last update), "initial" (step 0, by seed and `init_from`), or
+            the item of another average, "ema_1", …
+        ema: instead the decay of an average, one of the run's `optim.ema_decays`, such as 0.9996.
         dtype: what the model computes in, "float32" or "bfloat16"; as it was trained where it is not given.
         verify: check by the manifest's hashes what will be read, first.
 
@@ -190,6 +197,8 @@ def load(path: epath.PathLike, *, weights: str = "ema", dtype: str | None = None
         UserError: if there is no checkpoint, it is damaged, it lacks the weights asked for, or there is no such `dtype`.
     """
     orbax_logging.quieten_orbax()
+    if ema is not None:
+        weights = averages.find(path, ema, verify=verify, report=distributed.say)
     one_of("weights", weights, ITEMS_UNREAD)
     path = directories.find(path, verify=verify, report=distributed.say, unread=ITEMS_UNREAD[weights])
     record = read_record(path)
@@ -201,8 +210,8 @@ def load(path: epath.PathLike, *, weights: str = "ema", dtype: str | None = None
             params = jax.tree.map(jnp.asarray, started)
         return model, params
     params = jax.eval_shape(model.init, jax.random.key(0))
-    if weights == "ema":
-        return model, items.read_stored(path / "ema", params, stored=record.stored)
+    if weights in NAMES:
+        return model, items.read_stored(path / weights, params, stored=record.stored)
     return model, items.read_arrays(path / "state", {"params": params}, partial=True)["params"]
 
 
@@ -252,5 +261,5 @@ def _read_together(item: epath.Path, target: Any, *, partial: bool = False) -> A
 
 
 def _state(state: Any) -> dict[str, Any]:
-    """The item `state` of a `TrainState`: all but the average."""
+    """The item `state` of a `TrainState`: all but the averages."""
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}

@@ -23,7 +23,7 @@ from dip_jax.runtime import storage
 
 _ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]*?))?/?(?:@(?P<revision>[^@]+))?")
 _FORM = "hf://OWNER/NAME[/PATH][@REVISION]"
-_ITEMS = ("state", "ema", "config")
+_ITEMS = ("state", "ema", "ema_*", "config")
 _MANIFESTS = (manifest.SHA256, manifest.XXH128)
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
@@ -68,8 +68,10 @@ def fetch(address: epath.PathLike, *, verify: bool = True, unread: Collection[st
     place, hub = parse(address), _import_hub()
     wanted = [f"{place.inside}{item}/*" for item in _ITEMS if item not in unread]
     wanted += [f"{place.inside}{name}" for name in _MANIFESTS]
+    ignored = [f"{place.inside}{item}/*" for item in unread]
     with _explained(address, hub):
-        folder = hub.snapshot_download(place.repo, revision=place.revision, allow_patterns=wanted, **_options())
+        patterns = {"allow_patterns": wanted, "ignore_patterns": ignored}
+        folder = hub.snapshot_download(place.repo, revision=place.revision, **patterns, **_options())
     path = epath.Path(folder) / place.path
     if not (path / "config").is_dir():
         raise UserError(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from dip_jax import __version__
-from dip_jax.checkpoints import items, manifest, orbax_logging
+from dip_jax.checkpoints import averages, items, manifest, orbax_logging
 from dip_jax.config import Config
 from dip_jax.errors import UserError
 from dip_jax.runtime import storage
@@ -96,7 +96,7 @@ def write_release(
         params: float32 weights.
         record: of the step that they come from.
         step: how many updates they have seen.
-        weights: which of them they are ("ema", "raw"), for the card.
+        weights: which of them they are ("ema", "raw", or the item of another average), for the card.
         dtype: what they are stored in, "float32" or "bfloat16" (half the bytes, each weight rounded to 8 bits); `load` gives
             float32 either way.
         address: what the card's commands name, where that is another than the folder's name.
@@ -113,9 +113,11 @@ def write_release(
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     storage.require_space(out.parent, int(1.1 * size))
     began_elsewhere = bool(record.config.train.init_from)  # then no seed makes its first weights
-    public = dataclasses.replace(
-        record, config=without_places(record.config), stored=dtype, data={} if began_elsewhere else record.data
-    )
+    shown = without_places(record.config)
+    if weights in averages.NAMES:  # of several averages one is handed out, as the item `ema`
+        decays = record.config.optim.ema_decays[averages.NAMES.index(weights) :][:1]
+        shown = dataclasses.replace(shown, optim=dataclasses.replace(shown.optim, ema_decays=decays))
+    public = dataclasses.replace(record, config=shown, stored=dtype, data={} if began_elsewhere else record.data)
 
     def before_commit() -> None:
         there = manifest.unfinished(out)
@@ -164,7 +166,7 @@ def describe(record: items.Record, *, name: str, address: str, step: int, weight
     drawing = config.sample
     options = f"steps={drawing.steps}, guidance={drawing.guidance}, interval={drawing.interval}, t_shift={drawing.t_shift}"
     labels = [0, model.num_classes - 1] if model.num_classes > 1 else [0]
-    averaged = f"exponential moving average, decay {config.optim.ema_decay}" if weights == "ema" else "the last update's"
+    averaged = f"exponential moving average, decay {config.optim.ema_decays[0]}" if weights != "raw" else "the last update's"
     network = {
         "parameters": f"{count:,}, stored in {record.stored}",
         "images": f"{height} x {width} pixels, {_plural(model.num_classes)}",

@@ -90,7 +90,18 @@ def from_config_dict(config: ConfigDict) -> Config:
     """
     known = sections()
     _known("", config.keys(), known)
+    config = _renew(config)
     return Config(**{name: _freeze(name, cls, config.get(name, {})) for name, cls in known.items()})
+
+
+def _renew(values: Any) -> dict[str, Any]:
+    """The sections with the names of today: one average had its decay in `optim.ema_decay`."""
+    values = {name: values[name] for name in values}
+    optim = values.get("optim")
+    if isinstance(optim, ConfigDict | dict) and "ema_decay" in optim:
+        decay = _typed("optim.ema_decay", optim["ema_decay"], float)
+        values["optim"] = {name: optim[name] for name in optim if name != "ema_decay"} | {"ema_decays": (decay,)}
+    return values
 
 
 def check_key(key: str) -> None:

@@ -27,7 +27,7 @@ from absl import flags as absl_flags
 from etils import epath
 
 from dip_jax import config
-from dip_jax.checkpoints import checkpoint, directories
+from dip_jax.checkpoints import averages, checkpoint, directories
 from dip_jax.data import prepared
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.metrics import cache as kept
@@ -43,6 +43,7 @@ from dip_jax.sampling import sample_files, sampler, trajectories
 GALLERY = 2000  # training images among which the nearest neighbour of a sample is looked up
 _MOST_CLASSES = 100  # with more, the gallery holds too few images of a class
 _ROWS = {"initial": "untrained (step 0)", "raw": "last weights", "ema": "averaged weights (EMA)"}
+_REAL = "real training images"
 _FRAMES = 4  # samples in the report's trajectory
 
 
@@ -126,6 +127,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     )
     absl_flags.DEFINE_integer("num_samples", None, "with --workdir: samples per row; default: the config's", **own)
     absl_flags.DEFINE_integer("seed", 0, "with --workdir: seed of the samples", **own)
+    absl_flags.DEFINE_float("ema_decay", None, "with --workdir: of several averages the one with this decay", **own)
     absl_flags.DEFINE_bool("quick", False, "with --workdir: leave out the row of the raw (not averaged) weights", **own)
     absl_flags.DEFINE_enum("precision", "default", ("default", "highest"), "highest: float32 throughout", **own)
     absl_flags.DEFINE_string("cache", kept.default_folder(), "folder for the statistics of references; empty keeps none", **own)
@@ -137,7 +139,7 @@ def run(flags: absl_flags.FlagValues) -> None:
     if bool(flags.workdir) == all(flags.samples or [""]):  # an empty name is none
         raise UserError("name one of --samples=FILE.npz (or a folder) and --workdir=DIR")
     storage.require_no_hub(flags.workdir or "", flag="--workdir")
-    command_line.refuse(flags, *(["patch_size"] if flags.workdir else ["num_samples", "seed", "quick"]))
+    command_line.refuse(flags, *(["patch_size"] if flags.workdir else ["num_samples", "seed", "quick", "ema_decay"]))
     if flags.out is not None:
         storage.require_file_name(flags.out, flag="--out", suffix=".json")
     distributed.start()
@@ -206,22 +208,25 @@ def _open_bench(flags: absl_flags.FlagValues, run: config.Config, known: Sequenc
     return _Bench(judge, real, names, notes)
 
 
-def _rows_of(path: epath.Path, record: checkpoint.Record, *, quick: bool) -> list[str]:
-    """Which weights a step offers: what `convert` wrote was not trained here and has the average alone."""
+def _rows_of(path: epath.Path, record: checkpoint.Record, *, average: str, quick: bool) -> list[str]:
+    """Which weights a step offers, the `average` last: what `convert` wrote was not trained here and has the average alone."""
     rows = ["initial"] if record.data else []
-    return rows + (["raw"] if (path / "state").exists() and not quick else []) + ["ema"]
+    return rows + (["raw"] if (path / "state").exists() and not quick else []) + [average]
 
 
 def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     """A row each for real images, the untrained network, the last weights and their average; and the report."""
-    unread = checkpoint.ITEMS_UNREAD["ema"] if flags.quick else ()
     distributed.say(f"reading the newest checkpoint of {flags.workdir}")
+    decay = flags.ema_decay
+    average = "ema" if decay is None else averages.find(flags.workdir, decay, report=distributed.say)
+    names = _ROWS if decay is None else {**_ROWS, average: f"averaged weights (EMA {decay})"}
+    unread = averages.UNREAD[average] if flags.quick else [name for name in averages.NAMES if name != average]
     path = directories.find(flags.workdir, verify=True, report=distributed.say, unread=unread)
     record = checkpoint.read_record(path)
     run = record.config
     count = _wanted(flags, run.eval).num_samples
-    weights_of = _rows_of(path, record, quick=flags.quick)
-    distributed.say(f"step {path.name}: {count} samples each of {', '.join(_ROWS[weights] for weights in weights_of)}")
+    weights_of = _rows_of(path, record, average=average, quick=flags.quick)
+    distributed.say(f"step {path.name}: {count} samples each of {', '.join(names[weights] for weights in weights_of)}")
     bench = distributed.on_main(lambda: _open_bench(flags, run, record.classes))
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -234,13 +239,13 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
         notes.extend(note for note in verdict.notes if note not in notes)
 
     if bench and bench.real:
-        judge("real", dataclasses.replace(bench.real, name="real training images"))
+        judge("real", dataclasses.replace(bench.real, name=_REAL))
     distributed.agree(0)  # hosts draw together, so they start together
     drawn = {"seed": flags.seed, "options": run.sample}
     for weights in weights_of:
         dtype = "float32" if flags.precision == "highest" else None
         model, params = checkpoint.load(path, weights=weights, dtype=dtype, verify=False)
-        samples = inputs.drawn_samples(model, params, count=count, name=_ROWS[weights], **drawn)
+        samples = inputs.drawn_samples(model, params, count=count, name=names[weights], **drawn)
         if bench:
             judge(weights, samples)
         else:
@@ -256,13 +261,13 @@ def _write_workdir(flags, run, bench, rows, notes, *, step, shown, samples, mode
     """The table and the report; `shown` holds pictures by row, `samples` is the last row's set, drawn from `params`."""
     workdir = storage.absolute(flags.workdir)
     settings, protocol = _sampling(run, seed=flags.seed, step=step, dtype=model.config.dtype), bench.judge.protocol()
-    sampling = {name: settings for name in _ROWS.values() if any(row["row"] == name for row in rows)}
+    sampling = {row["row"]: settings for row in rows if row["row"] != _REAL}
     _tell(rows, protocol, notes, sampling, out=flags.out or workdir / "evaluation.json")
     labels = samples.labels[:_FRAMES]
     file = report.write_report(
         workdir / "report.html",
         title="DiP",
-        samples=inputs.pictures(shown["ema"]),
+        samples=inputs.pictures(shown[list(shown)[-1]]),
         real=inputs.pictures(shown["real"]),
         class_names=bench.class_names,
         trajectory=trajectories.draw_frames(model, params, labels=labels, seed=flags.seed, options=run.sample),

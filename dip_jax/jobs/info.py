@@ -256,7 +256,8 @@ def _planned_bytes(model: dip.DiP, config: Config, mesh: AbstractMesh, *, zero1:
     optimizer = optim.make_optimizer(config.optim, total_steps=config.train.steps)
     alignment = repa.align(config.repa, config.model)
     with sharding.use_rules(config.mesh.rules):
-        placed = state.state_shardings(model, optimizer, mesh, zero1=zero1, alignment=alignment)
+        options = {"zero1": zero1, "alignment": alignment, "averages": len(config.optim.ema_decays)}
+        placed = state.state_shardings(model, optimizer, mesh, **options)
         teacher = repa.abstract_teacher(alignment, mesh) if alignment else {}
     abstract = state.abstract_state(model, optimizer, placed, alignment=alignment)
     return workload.planned_bytes(model, abstract, teacher, images=images)

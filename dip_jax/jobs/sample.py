@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dip_jax import config
-from dip_jax.checkpoints import checkpoint
+from dip_jax.checkpoints import averages, checkpoint
 from dip_jax.checkpoints import directories as step_files
 from dip_jax.data import prepared
 from dip_jax.errors import Exit, Interrupted, UserError
@@ -104,6 +104,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_float("t_shift", None, "time shift; above 1 spends more steps near the noise", **own)
     absl_flags.DEFINE_integer("batch_size", None, "images at once, over all devices of a host", **own)
     absl_flags.DEFINE_bool("ema", True, "draw from the averaged weights (--noema: from the last update's)", **own)
+    absl_flags.DEFINE_float("ema_decay", None, "of several averages (optim.ema_decays) the one with this decay", **own)
     absl_flags.DEFINE_enum("precision", "default", ("default", "highest"), "highest: float32 throughout", **own)
     absl_flags.DEFINE_string("trajectory", None, "FILE.png that shows some samples from noise to image", **own)
     command_line.define_processes(flags)
@@ -126,7 +127,7 @@ def _sample(flags: absl_flags.FlagValues) -> None:
         storage.require_file_name(flags.trajectory, flag="--trajectory", suffix=".png")
     for picture in ([flags.out] if kind == ".png" else []) + ([flags.trajectory] if flags.trajectory else []):
         sample_files.require_folder(storage.absolute(picture).parent)
-    weights = "ema" if flags.ema else "raw"
+    weights = _weights(flags)
     unread = checkpoint.ITEMS_UNREAD[weights]
     path = step_files.find(flags.workdir or flags.checkpoint, verify=True, report=distributed.say, unread=unread)
     record = checkpoint.read_record(path)
@@ -136,7 +137,7 @@ def _sample(flags: absl_flags.FlagValues) -> None:
     names = list(record.classes) or class_names(record.config, model)
     labels = check_labels(interleave(_classes(flags, names), flags.num_samples), model)
     arguments = {"labels": labels, "seed": flags.seed, "options": options}
-    settings = _settings(flags, step=path.name, params=params, model=model, **arguments)
+    settings = _settings(flags, weights=weights, step=path.name, params=params, model=model, **arguments)
     for line in _describe(settings):
         distributed.say(line)
     with jax.default_matmul_precision("highest" if flags.precision == "highest" else None):
@@ -148,6 +149,15 @@ def _sample(flags: absl_flags.FlagValues) -> None:
         if flags.trajectory is not None:
             arguments["labels"] = labels[:_SHOWN]
             distributed.on_main(lambda: _save_picture(flags.trajectory, _strip(model, params, names, **arguments)))
+
+
+def _weights(flags: absl_flags.FlagValues) -> str:
+    """The item of the step that the weights come from, as `checkpoint.load` names it."""
+    if flags.ema_decay is None:
+        return "ema" if flags.ema else "raw"
+    if not flags.ema:
+        raise UserError("name one of --noema and --ema_decay, not both")
+    return averages.find(flags.workdir or flags.checkpoint, flags.ema_decay, report=distributed.say)
 
 
 def _options(flags: absl_flags.FlagValues, base: config.Sample) -> config.Sample:
@@ -194,7 +204,7 @@ def _number(kind: type, flag: str, text: str) -> Any:
         raise UserError(f"--{flag}: {text!r} is not a number") from error
 
 
-def _settings(flags, *, step, params, model, labels, seed, options) -> dict[str, Any]:
+def _settings(flags, *, weights, step, params, model, labels, seed, options) -> dict[str, Any]:
     """Everything that the images depend on, as JSON values: the protocol, and what a resumed run must agree with."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
@@ -206,7 +216,7 @@ def _settings(flags, *, step, params, model, labels, seed, options) -> dict[str,
         "seed": seed,
         **dataclasses.asdict(options),
         "nfe": {"conditional": conditional, "unconditional": unconditional},
-        "weights": "ema" if flags.ema else "raw",
+        "weights": weights if weights in ("ema", "raw") else f"ema of decay {flags.ema_decay}",
         "step": step,
         "weights_sha256": digest.hexdigest(),
         "prediction": model.config.prediction,

@@ -92,7 +92,9 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     aligned = {"alignment": repa.align(config.repa, config.model)}
     key = jax.eval_shape(lambda: jax.random.key(0))
     with sharding.use_rules(config.mesh.rules):
-        shardings = state.state_shardings(model, optimizer, mesh, zero1=config.mesh.zero1, **aligned)
+        shardings = state.state_shardings(
+            model, optimizer, mesh, zero1=config.mesh.zero1, averages=len(config.optim.ema_decays), **aligned
+        )
         arrays = state.abstract_state(model, optimizer, shardings, **aligned)
         frozen = [repa.abstract_teacher(aligned["alignment"], mesh)] if aligned["alignment"] else []
         run = step.compile_train_step(

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 import jax
 
+from dip_jax.checkpoints import averages
 from dip_jax.config import Config, difference
 from dip_jax.errors import UserError
 from dip_jax.models import dip
@@ -52,6 +53,12 @@ def check(old: Config, new: Config, *, allowed: Collection[str]) -> None:
         raise UserError(
             f"the workdir began without alignment (repa.weight: 0 -> {new.repa.weight}), which can be taken away from a run "
             "but not added to one: choose another --workdir"
+        )
+    before, after = old.optim.ema_decays, new.optim.ema_decays
+    if averages.carried_over(before, after) is None:
+        raise UserError(
+            f"the workdir began with averages of decay {before}, not {after}: one can be taken away from a run, "
+            "but none can begin in its middle: choose another --workdir"
         )
     if lines:
         keys = ",".join(line.split(":")[0] for line in lines)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import jax
 
-from dip_jax.checkpoints import checkpoint
+from dip_jax.checkpoints import averages, checkpoint
 from dip_jax.config import Config, to_dict
 from dip_jax.data import order, pipeline
 from dip_jax.errors import Exit, Interrupted
@@ -54,7 +54,8 @@ class Run:
         self._origin = None if found else self._read_origin()
         self._watchdog.beat(patience=_PATIENCE)
         aligned = {"alignment": self._alignment}
-        self._shardings = state.state_shardings(self._model, self._optimizer, self._mesh, zero1=config.mesh.zero1, **aligned)
+        kept = {"zero1": config.mesh.zero1, "averages": len(config.optim.ema_decays)}
+        self._shardings = state.state_shardings(self._model, self._optimizer, self._mesh, **kept, **aligned)
         self._frozen, places = repa.place_teacher(teacher, self._mesh)
         parts = (self._model, self._optimizer, self._shardings, self._mesh)
         asked = {"objective": config.flow, "optim": config.optim, "only": config.train.only}
@@ -105,7 +106,8 @@ class Run:
             was, now = found.record.config.optim, self._config.optim
             target = target.replace(opt_state=optim.renest(target.opt_state, old=now, new=was))
             dropped = found.record.config.repa.weight and not self._alignment
-            restored = self._checkpoints.restore(found, target, partial=bool(dropped))
+            names = averages.carried_over(was.ema_decays, now.ema_decays)
+            restored = self._checkpoints.restore(found, target, partial=bool(dropped), names=names)
             self._state = restored.replace(opt_state=optim.renest(restored.opt_state, old=was, new=now))
             distributed.say(f"going on from step {found.step} of {self._workdir}")
         else:
@@ -115,8 +117,8 @@ class Run:
             if self._origin is not None:
                 params = jax.device_put(self._begin(self._state.params, self._origin)[0], self._shardings.params)
                 self._state = self._state.replace(params=params)
-                ema = jax.device_put(self._state.weights, self._shardings.ema, may_alias=False)
-                self._state = self._state.replace(ema=ema)
+                emas = (jax.device_put(self._state.weights, place, may_alias=False) for place in self._shardings.emas)
+                self._state = self._state.replace(emas=tuple(emas))
         if distributed.is_main():
             self._close_writers()
             self._writer = writers.Writer(self._workdir, resume_step=self._step)

@@ -1,4 +1,4 @@
-"""AdamW and its schedule as one optax chain; the decay of the weight average."""
+"""AdamW and its schedule as one optax chain; the decays of the averages of the weights."""
 
 import math
 from typing import Any
@@ -84,13 +84,13 @@ def _weight(b: float, count: Int[Array, ""]) -> Float[Array, ""]:
     return jnp.expm1(count.astype(jnp.float32) * math.log(d)) * (f / (d - 1))
 
 
-def ema_decay(optim: Optim, step: Int[Array, ""]) -> Float[Array, ""]:
-    """Decay of the weight average at the update that follows `step` updates (0 for the first).
+def ema_decays(optim: Optim, step: Int[Array, ""]) -> tuple[Float[Array, ""], ...]:
+    """Decay of each average of the weights at the update that follows `step` updates (0 for the first).
 
-    `optim.ema_decay`, or with `optim.ema_warmup` min(ema_decay, (1 + step) / (10 + step)), which forgets the initial weights
-    in short runs.
+    `optim.ema_decays`, or with `optim.ema_warmup` at most (1 + step) / (10 + step), which forgets the initial weights in short
+    runs.
     """
     if not optim.ema_warmup:
-        return jnp.asarray(optim.ema_decay, jnp.float32)
+        return tuple(jnp.asarray(decay, jnp.float32) for decay in optim.ema_decays)
     k = step.astype(jnp.float32)
-    return jnp.minimum(optim.ema_decay, (1 + k) / (10 + k))
+    return tuple(jnp.minimum(decay, (1 + k) / (10 + k)) for decay in optim.ema_decays)

@@ -17,15 +17,20 @@ from dip_jax.typing import Params, PRNGKey
 
 @struct.dataclass
 class TrainState:
-    """Step counter, float32 parameters, optimizer state, and the exponential moving average of the parameters.
+    """Step counter, float32 parameters, optimizer state, and the exponential moving averages of the parameters.
 
-    With representation alignment `params` has the projector beside the model's parts (`repa.PROJECTOR`); the average has not.
+    With representation alignment `params` has the projector beside the model's parts (`repa.PROJECTOR`); the averages have not.
     """
 
     step: Any  # updates done: int32 scalar; like the other fields, its shape or sharding in trees of those
     params: Params
     opt_state: Any
-    ema: Params
+    emas: tuple[Params, ...]  # by `optim.ema_decays`
+
+    @property
+    def ema(self) -> Params:
+        """The average of the first decay: what samples are drawn from."""
+        return self.emas[0]
 
     @property
     def weights(self) -> Params:
@@ -34,14 +39,19 @@ class TrainState:
 
 
 def create_state(
-    model: Any, optimizer: optax.GradientTransformation, key: PRNGKey, *, alignment: Alignment | None = None
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKey,
+    *,
+    alignment: Alignment | None = None,
+    averages: int = 1,
 ) -> TrainState:
-    """The state at step 0. The EMA starts as the parameters. Pure: jit it (see `init_sharded`)."""
+    """The state at step 0. The averages start as the parameters. Pure: jit it (see `init_sharded`)."""
     params = model.init(key)
-    ema = jax.tree.map(jnp.copy, params)  # a buffer of its own: the step donates both
+    emas = tuple(jax.tree.map(jnp.copy, params) for _ in range(averages))  # buffers of their own: the step donates all
     if alignment is not None:
         params = with_projector(params, alignment.init(key))
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), ema=ema)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), emas=emas)
 
 
 def state_shardings(
@@ -51,10 +61,11 @@ def state_shardings(
     *,
     zero1: bool = False,
     alignment: Alignment | None = None,
+    averages: int = 1,
 ) -> TrainState:
     """The sharding of every array of the state, by the logical axes of the parameters.
 
-    Optimizer moments follow their parameter; scalars are replicated. With `zero1` the moments and the EMA are also split
+    Optimizer moments follow their parameter; scalars are replicated. With `zero1` the moments and the averages are also split
     over the data axis, along the first dimension that it divides (ZeRO stage 1).
     """
     abstract = jax.eval_shape(functools.partial(create_state, model, optimizer, alignment=alignment), jax.random.key(0))
@@ -67,14 +78,16 @@ def state_shardings(
     opt_state = optax.tree_map_params(
         optimizer, lambda _, s: s, abstract.opt_state, averaged, transform_non_params=lambda _: replicated
     )
-    return TrainState(step=replicated, params=params, opt_state=opt_state, ema=without_projector(averaged))
+    return TrainState(step=replicated, params=params, opt_state=opt_state, emas=(without_projector(averaged),) * averages)
 
 
 def abstract_state(
     model: Any, optimizer: optax.GradientTransformation, shardings: TrainState, *, alignment: Alignment | None = None
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, without computing it: what a checkpoint is restored onto."""
-    shapes = jax.eval_shape(functools.partial(create_state, model, optimizer, alignment=alignment), jax.random.key(0))
+    shapes = jax.eval_shape(
+        functools.partial(create_state, model, optimizer, alignment=alignment, averages=len(shardings.emas)), jax.random.key(0)
+    )
     return jax.tree.map(lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes, shardings)
 
 
@@ -87,7 +100,8 @@ def init_sharded(
     alignment: Alignment | None = None,
 ) -> TrainState:
     """`create_state` compiled so that every array is born where `shardings` puts it; same values on every mesh."""
-    create = jax.jit(functools.partial(create_state, model, optimizer, alignment=alignment), out_shardings=shardings)
+    options = {"alignment": alignment, "averages": len(shardings.emas)}
+    create = jax.jit(functools.partial(create_state, model, optimizer, **options), out_shardings=shardings)
     return create(jax.random.key(seed))
 
 

@@ -15,7 +15,7 @@ from dip_jax.config import Flow, Optim
 from dip_jax.runtime import sharding
 from dip_jax.training import parts as trained
 from dip_jax.training.losses import Losses, losses
-from dip_jax.training.optim import ema_decay
+from dip_jax.training.optim import ema_decays
 from dip_jax.training.repa import Alignment, without_projector
 from dip_jax.training.state import TrainState
 from dip_jax.typing import Images, Params, PRNGKey, RawImages
@@ -46,7 +46,7 @@ def train_step(
     as `train.only`.
 
     The step's randomness is `key` folded with `state.step`, so step k of any run with this key draws the same noise. A
-    non-finite loss or gradient norm leaves parameters, optimizer and EMA as they were; the step still counts.
+    non-finite loss or gradient norm leaves parameters, optimizer and averages as they were; the step still counts.
 
     Returns:
         The new state and float32 scalars: loss and its parts (`training/losses.py`), grad_norm (before
@@ -65,23 +65,28 @@ def train_step(
     def update():
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = trained.keep(state.params, optax.apply_updates(state.params, updates), only)
-        decay = ema_decay(optim, state.step)
-        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, without_projector(params))
-        ema = trained.keep(state.ema, ema, only)
-        return params, opt_state, ema
+        own = without_projector(params)
+        followed = (_follow(ema, own, d) for ema, d in zip(state.emas, ema_decays(optim, state.step), strict=True))
+        emas = (trained.keep(old, new, only) for old, new in zip(state.emas, followed, strict=True))
+        return params, opt_state, tuple(emas)
 
     def keep():
-        return state.params, state.opt_state, state.ema
+        return state.params, state.opt_state, state.emas
 
     # A branch, not a select per array: on two CPU cores the select made this part five times slower.
-    params, opt_state, ema = jax.lax.cond(finite, update, keep)
+    params, opt_state, emas = jax.lax.cond(finite, update, keep)
     metrics = {
         **found,
         "grad_norm": grad_norm,
         "param_norm": optax.tree.norm(params),
         "skipped": 1.0 - finite.astype(jnp.float32),
     }
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, emas=emas), metrics
+
+
+def _follow(ema: Params, params: Params, decay: Float[Array, ""]) -> Params:
+    """An average of the weights after an update."""
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 
 def _only(minimised: Callable[..., Losses], only: str, params: Params, batch: Any) -> Losses:

@@ -40,13 +40,14 @@ def planned_bytes(model: dip.DiP, state: TrainState, teacher: Any, *, images: in
         images: that a device works on at a time.
 
     Returns:
-        params, optimizer, ema, gradients, teacher (where there is one), activations (`cost.activation_bytes_per_image`).
+        params, optimizer, ema (of all averages), gradients, teacher (where there is one), activations (see
+        `cost.activation_bytes_per_image`).
     """
     params = _bytes(state.params)
     return {
         "params": params,
         "optimizer": _bytes(state.opt_state),
-        "ema": _bytes(state.ema),
+        "ema": _bytes(state.emas),
         "gradients": params,
         **({"teacher": _bytes(teacher)} if teacher else {}),
         "activations": images * cost.activation_bytes_per_image(model),

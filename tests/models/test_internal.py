@@ -123,7 +123,7 @@ def test_samples_are_the_same_at_scale_one_and_others_beyond(monkeypatch):
 
 
 def test_training_it_alone_moves_nothing_else_to_the_bit():
-    optimizer = config.Optim(learning_rate=1e-2, weight_decay=0.1, ema_decay=0.9)
+    optimizer = config.Optim(learning_rate=1e-2, weight_decay=0.1, ema_decays=(0.9,))
     before, _ = small.run(ON, 0)
     after, history = small.run(ON, 3, optimizer=optimizer, only="internal")
     for trees in ((before.params, after.params), (before.ema, after.ema)):

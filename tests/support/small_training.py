@@ -42,7 +42,7 @@ def run(
 ):
     """The state after `steps`, and the metrics of every step. `start` makes the first state of the fresh one."""
     network = dip.from_config(config.Model(**FIELDS | model))
-    options = optimizer or config.Optim(learning_rate=1e-3, ema_decay=0.9)
+    options = optimizer or config.Optim(learning_rate=1e-3, ema_decays=(0.9,))
     made = optim.make_optimizer(options, total_steps=10)
     sizes = mesh or config.Mesh(data=1)
     devices = sharding.make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor])

@@ -79,7 +79,7 @@ def ours(theirs):
     encoder, frozen = dinov2.from_torch(weights["encoder"])
     alignment = repa.align(config.Repa(weight=SETTINGS["weight"], layer=SETTINGS["layer"]), model, encoder)
     fields = {name: SETTINGS[name] for name in ("learning_rate", "b1", "b2", "eps", "weight_decay")}
-    optim = config.Optim(**fields, ema_decay=SETTINGS["ema_fast"])
+    optim = config.Optim(**fields, ema_decays=(SETTINGS["ema_fast"],))
     network = dip.from_config(dataclasses.replace(model, remat="none", head_remat=False))  # quicker to compile
     optimizer = make_optimizer(optim, total_steps=STEPS)
     mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from dip_jax.config import Optim
-from dip_jax.training.optim import ema_decay, learning_rate, make_optimizer
+from dip_jax.training.optim import ema_decays, learning_rate, make_optimizer
 
 
 def test_schedules():
@@ -62,8 +62,9 @@ def test_clipping_acts_on_the_global_norm(grad_clip):
     np.testing.assert_allclose(first_moment["b"], 0.1 * 40 * scale, rtol=1e-5)
 
 
-def test_ema_decay():
-    assert float(ema_decay(Optim(ema_decay=0.9999), jnp.asarray(0))) == pytest.approx(0.9999)
-    warmed = Optim(ema_decay=0.99, ema_warmup=True)
-    decays = jax.vmap(lambda k: ema_decay(warmed, k))(jnp.asarray([0, 10, 100_000]))
-    np.testing.assert_allclose(decays, [0.1, 11 / 20, 0.99], rtol=1e-6)
+def test_ema_decays():
+    assert [float(x) for x in ema_decays(Optim(ema_decays=(0.9999, 0.5)), jnp.asarray(0))] == pytest.approx([0.9999, 0.5])
+    warmed = Optim(ema_decays=(0.99, 0.3), ema_warmup=True)
+    slow, fast = jax.vmap(lambda k: ema_decays(warmed, k))(jnp.asarray([0, 10, 100_000]))
+    np.testing.assert_allclose(slow, [0.1, 11 / 20, 0.99], rtol=1e-6)
+    np.testing.assert_allclose(fast, [0.1, 0.3, 0.3], rtol=1e-6)

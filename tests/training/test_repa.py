@@ -37,7 +37,7 @@ MODEL = dip.from_config(
         remat="none",
     )
 )
-OPTIM = config.Optim(learning_rate=1e-3, ema_decay=0.9)
+OPTIM = config.Optim(learning_rate=1e-3, ema_decays=(0.9,))
 ONE = config.Mesh(data=1)
 ON = config.Repa(weight=0.5, layer=2)
 

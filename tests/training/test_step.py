@@ -30,7 +30,7 @@ MODEL = dip.from_config(
         head_remat=False,
     )
 )
-OPTIM = config.Optim(learning_rate=1e-2, ema_decay=0.9)
+OPTIM = config.Optim(learning_rate=1e-2, ema_decays=(0.9,))
 
 
 def random_batch(seed: int, size: int = 8) -> dict:
@@ -43,7 +43,8 @@ def random_batch(seed: int, size: int = 8) -> dict:
 def compiled(mesh_sizes: config.Mesh, optim: config.Optim = OPTIM, devices: int = 8):
     mesh = sharding.make_mesh(mesh_sizes, jax.devices()[:devices])
     optimizer = make_optimizer(optim, total_steps=100)
-    shardings = state.state_shardings(MODEL, optimizer, mesh, zero1=mesh_sizes.zero1)
+    averages = len(optim.ema_decays)
+    shardings = state.state_shardings(MODEL, optimizer, mesh, zero1=mesh_sizes.zero1, averages=averages)
     run = step.compile_train_step(MODEL, optimizer, shardings, mesh, objective=config.Flow(), optim=optim)
     return mesh, optimizer, shardings, run
 
@@ -87,6 +88,28 @@ def test_ema_moves_by_one_minus_decay():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), jax.device_get(after.ema), expected)
 
 
+def test_a_bank_of_averages_is_the_recursion_and_leaves_the_run_as_it_was():
+    """In float64 from the parameters after each step; all else is as with one alone."""
+    bank = dataclasses.replace(OPTIM, ema_decays=(0.9, 0.5, 0.99))
+    mesh, optimizer, shardings, run = compiled(ONE, bank, 1)
+    history = []
+    with jax.set_mesh(mesh):
+        current = state.init_sharded(MODEL, optimizer, 0, shardings)
+        expected = [jax.tree.map(np.float64, jax.device_get(current.params)) for _ in bank.ema_decays]
+        for k in range(3):
+            current, metrics = run(current, random_batch(k), jax.random.key(7))
+            history.append({name: float(value) for name, value in metrics.items()})
+            params = jax.device_get(current.params)
+            for i, decay in enumerate(bank.ema_decays):
+                expected[i] = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, expected[i], params)
+    for found, wanted in zip(current.emas, expected, strict=True):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), jax.device_get(found), wanted)
+    alone, metrics = train(ONE, 3, devices=1)
+    assert history == metrics
+    kept = jax.device_get((alone.params, alone.opt_state, alone.ema))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((current.params, current.opt_state, current.ema)), kept)
+
+
 def test_a_non_finite_gradient_changes_nothing_but_the_counter():
     mesh, optimizer, shardings, _ = compiled(ONE, devices=1)
     poisoned = dataclasses.replace(MODEL)
@@ -94,10 +117,10 @@ def test_a_non_finite_gradient_changes_nothing_but_the_counter():
     run = step.compile_train_step(poisoned, optimizer, shardings, mesh, objective=config.Flow(), optim=OPTIM)
     with jax.set_mesh(mesh):
         before = state.init_sharded(MODEL, optimizer, 0, shardings)
-        kept = jax.device_get((before.params, before.opt_state, before.ema))
+        kept = jax.device_get((before.params, before.opt_state, before.emas))
         after, metrics = run(before, random_batch(0), jax.random.key(0))
     assert float(metrics["skipped"]) == 1 and int(after.step) == 1
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get((after.params, after.opt_state, after.ema)), kept)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((after.params, after.opt_state, after.emas)), kept)
 
 
 def test_same_step_same_noise_next_step_other_noise():

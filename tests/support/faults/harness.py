@@ -55,7 +55,7 @@ def tiny_config(dataset: pathlib.Path, **changes: object) -> Config:
     values = to_dict(Config())
     values["model"] |= {"size": "tiny", "depth": 1, "width": 16, "num_heads": 2, "patch_size": 8, "image_size": (16, 16)}
     values["model"] |= {"num_classes": 3, "head": "none", "dtype": "float32", "remat": "none", "inject_after": 1}
-    values["optim"] |= {"learning_rate": 1e-3, "ema_decay": 0.9}
+    values["optim"] |= {"learning_rate": 1e-3, "ema_decays": (0.9,)}
     values["data"] |= {"path": str(dataset), "batch_size": 8, "num_threads": 2}
     values["checkpoint"] |= {"every_steps": 2, "keep_last": 3}
     values["sample"] |= {"steps": 2, "batch_size": 9}
