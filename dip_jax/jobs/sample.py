@@ -4,6 +4,7 @@ Examples:
   python -m dip_jax sample --workdir=runs/demo --out=grid.png                        a row per class
   python -m dip_jax sample --workdir=runs/demo --labels=3,coffee --num_samples=16 --out=some.png --trajectory=steps.png
   python -m dip_jax sample --workdir=runs/xl --num_samples=50000 --out=samples.npz   50 per class, labels interleaved
+  python -m dip_jax sample --workdir=runs/xl --guide=runs/xl/checkpoints/40000 --out=guided.png      autoguidance
 
 A killed run into an .npz or a directory goes on where it stopped when the same command is given again, on any number of hosts:
 finished batches are kept, and the file is the same to the byte. A .png is drawn anew. Sample i is a function of the weights,
@@ -13,7 +14,6 @@ the options and (seed, i, label); batch size, devices and number of hosts change
 import contextlib
 import dataclasses
 import difflib
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +33,7 @@ from dip_jax.models import dip
 from dip_jax.reporting import console, figures
 from dip_jax.runtime import command_line, distributed, storage
 from dip_jax.runtime.signals import stopping_at_once
-from dip_jax.sampling import sample_files, sampler, trajectories
+from dip_jax.sampling import protocol, sample_files, trajectories
 from dip_jax.sampling.labels import check_labels, interleave
 from dip_jax.typing import Params
 
@@ -53,6 +53,7 @@ def sample(
     t_shift: float = 1.0,
     internal_guidance: float = 1.0,
     batch_size: int = 64,
+    guide: tuple[dip.DiP, Params] | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> UInt8[np.ndarray, "N H W 3"]:
     """Draws one image per label.
@@ -62,6 +63,7 @@ def sample(
         labels: N classes in [0, num_classes); num_classes itself draws without a class.
         seed: image i is a function of (seed, i, labels[i]) alone.
         steps, guidance, interval, solver, t_shift, internal_guidance, batch_size: as in `config.Sample`.
+        guide: a weaker model and its weights, which guide in the place of no class (autoguidance).
         mesh: devices to spread the images over; by default this process's own.
 
     Returns:
@@ -79,7 +81,8 @@ def sample(
         internal_guidance=internal_guidance,
         batch_size=batch_size,
     )
-    batches = trajectories.draw_batches(model, params, labels=labels, seed=seed, options=options, mesh=mesh)
+    drawn = {"labels": labels, "seed": seed, "options": options, "guide": guide and trajectories.Weaker(*guide)}
+    batches = trajectories.draw_batches(model, params, **drawn, mesh=mesh)
     return np.concatenate([images for _, images in batches])
 
 
@@ -103,6 +106,12 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string("solver", None, "euler, heun, ab2 or sde", **own)
     absl_flags.DEFINE_float("t_shift", None, "time shift; above 1 spends more steps near the noise", **own)
     absl_flags.DEFINE_integer("batch_size", None, "images at once, over all devices of a host", **own)
+    absl_flags.DEFINE_string(
+        "guide",
+        None,
+        "workdir or step whose averaged weights guide in the place of no class: a smaller model, an earlier step",
+        **own,
+    )
     absl_flags.DEFINE_bool("ema", True, "draw from the averaged weights (--noema: from the last update's)", **own)
     absl_flags.DEFINE_float("ema_decay", None, "of several averages (optim.ema_decays) the one with this decay", **own)
     absl_flags.DEFINE_enum("precision", "default", ("default", "highest"), "highest: float32 throughout", **own)
@@ -136,8 +145,10 @@ def _sample(flags: absl_flags.FlagValues) -> None:
     model, params = checkpoint.load(path, weights=weights, dtype=dtype, verify=False)
     names = list(record.classes) or class_names(record.config, model)
     labels = check_labels(interleave(_classes(flags, names), flags.num_samples), model)
-    arguments = {"labels": labels, "seed": flags.seed, "options": options}
-    settings = _settings(flags, weights=weights, step=path.name, params=params, model=model, **arguments)
+    arguments = {"labels": labels, "seed": flags.seed, "options": options, "guide": _open_guide(flags, model)}
+    name = weights if weights in ("ema", "raw") else f"ema of decay {flags.ema_decay}"
+    made = {"weights": name, "step": path.name, "precision": flags.precision}
+    settings = protocol.describe(model, params, made, **arguments)
     for line in _describe(settings):
         distributed.say(line)
     with jax.default_matmul_precision("highest" if flags.precision == "highest" else None):
@@ -149,6 +160,15 @@ def _sample(flags: absl_flags.FlagValues) -> None:
         if flags.trajectory is not None:
             arguments["labels"] = labels[:_SHOWN]
             distributed.on_main(lambda: _save_picture(flags.trajectory, _strip(model, params, names, **arguments)))
+
+
+def _open_guide(flags: absl_flags.FlagValues, model: dip.DiP) -> trajectories.Weaker | None:
+    """The model of --guide, once it is seen to fit."""
+    if flags.guide is None:
+        return None
+    guide = trajectories.Weaker(*checkpoint.load(flags.guide, dtype=model.config.dtype))
+    guide.require_fit(model)
+    return guide
 
 
 def _weights(flags: absl_flags.FlagValues) -> str:
@@ -202,28 +222,6 @@ def _number(kind: type, flag: str, text: str) -> Any:
         return kind(text)
     except ValueError as error:
         raise UserError(f"--{flag}: {text!r} is not a number") from error
-
-
-def _settings(flags, *, weights, step, params, model, labels, seed, options) -> dict[str, Any]:
-    """Everything that the images depend on, as JSON values: the protocol, and what a resumed run must agree with."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(leaf))
-    conditional, unconditional = sampler.nfe(options)
-    return {
-        "samples": len(labels),
-        "labels_sha256": hashlib.sha256(labels.tobytes()).hexdigest(),
-        "seed": seed,
-        **dataclasses.asdict(options),
-        "nfe": {"conditional": conditional, "unconditional": unconditional},
-        "weights": weights if weights in ("ema", "raw") else f"ema of decay {flags.ema_decay}",
-        "step": step,
-        "weights_sha256": digest.hexdigest(),
-        "prediction": model.config.prediction,
-        "t_clip": model.config.t_clip,
-        "precision": flags.precision,
-        "model": dataclasses.asdict(model.config),
-    }
 
 
 def _describe(settings: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,10 @@
-"""Classifier-free guidance on an interval, and when it applies.
+"""Guidance on an interval, and when it applies: classifier-free, or by another model.
 
     v = v_u + w (v_c - v_u) where low < t < high, else v_c      (Ho & Salimans 2022)
+    v = v_g + w (v_c - v_g) where low < t < high, else v_c      autoguidance (Karras et al. 2024)
+
+v_g is the velocity of a weaker model for the same class: smaller, or trained for less time. As D = x + (1 - t) v, this is their
+D_g + w (D_c - D_g). It takes the place of the unconditional half.
 
 Internal guidance (Zhou et al. 2025) comes first, in each half: with v_i of an output after an early block, and v_f of the last,
 
@@ -59,13 +63,15 @@ class Guide:
     scale: float
     null_label: int
     ahead: Ahead | None
+    weaker: Predict | None = None  # autoguidance: the velocity of the guiding model
 
     def prepare(self, times: np.ndarray, guided: bool) -> tuple[Any, Any]:
         """What `ahead` makes of S times, for the labels [S, B, ...] and, where guided, for no class [S, 1, ...]; None, None."""
         if self.ahead is None:
             return None, None
         times = jnp.asarray(times)
-        return self.ahead(times, self.labels), self.ahead(times, self._nothing[:1]) if guided else None
+        own = self.ahead(times, self.labels)
+        return own, self.ahead(times, self._nothing[:1]) if guided and self.weaker is None else None
 
     @property
     def _nothing(self) -> Labels:
@@ -79,6 +85,10 @@ class Guide:
         own, none = prepared
         if not guided:
             return self.predict(x, t, self.labels, *self._given(own))
+
+        if self.weaker is not None:
+            away = self.weaker(x, t, self.labels)
+            return away + self.scale * (self.predict(x, t, self.labels, *self._given(own)) - away)
 
         def pair(unconditional, conditional):
             unconditional = jnp.broadcast_to(unconditional, conditional.shape)

@@ -71,7 +71,7 @@ class NpzFile:
     def open(self, settings: Mapping[str, Any]) -> None:
         """See `Output`."""
         begun = self.path.exists() or self._parts.exists()
-        _claim(self._settings, settings, begun=begun, out=self.path)
+        claim(self._settings, settings, begun=begun, out=self.path)
         if not self.path.exists():
             require_folder(self._parts)
             done = sum(self._size(batch) for batch in range(self._batches) if self.finished(batch))
@@ -140,7 +140,7 @@ class PictureFolder:
         """See `Output`."""
         begun = self.path.exists() and any(not child.name.endswith((".partial", ".writable")) for child in self.path.iterdir())
         require_folder(self.path)
-        _claim(self._settings, settings, begun=begun, out=self.path)
+        claim(self._settings, settings, begun=begun, out=self.path)
 
     def _of(self, batch: int) -> Sequence[str]:
         return self._names[batch * self._batch_size : (batch + 1) * self._batch_size]
@@ -202,8 +202,18 @@ def _settings_inside(path: epath.Path) -> str:
         return ""
 
 
-def _claim(file: epath.Path, settings: Mapping[str, Any], *, begun: bool, out: epath.Path) -> None:
-    """Writes the settings, or compares them with those that the output was begun with."""
+def claim(file: epath.Path, settings: Mapping[str, Any], *, begun: bool, out: epath.Path) -> None:
+    """Writes the settings, or compares them with those that the output was begun with.
+
+    Args:
+        file: where they lie.
+        settings: JSON values.
+        begun: whether there is output already.
+        out: what a message calls it.
+
+    Raises:
+        UserError: if they differ, naming what does.
+    """
     settings = json.loads(json.dumps(settings))  # as they will be read
     if not file.exists():
         if begun:

@@ -3,7 +3,7 @@
 With x_t = t x + (1 - t) eps, so that t = 0 is noise and t = 1 is data, and v the velocity that the network gives:
 
     (1)  dx/dt = v(x, t)                                                    probability-flow ODE
-    (2)  v = v_u + w (v_c - v_u) where low < t < high, else v_c             guidance on an interval
+    (2)  v = v_u + w (v_c - v_u) where low < t < high, else v_c             guidance on an interval (v_u may be another model's)
     (3)  s_k = k / n, t_k = s_k / (s_k + (1 - s_k) shift), t_n = 1          time grid of n steps, h_k = t_{k+1} - t_k
     (4)  x_{k+1} = x_k + h_k v_k                                            Euler
     (5)  x' = x_k + h_k v_k,  x_{k+1} = x_k + h_k/2 (v_k + v(x', t_{k+1}))  Heun
@@ -113,6 +113,7 @@ def draw(
     sample: config.Sample,
     null_label: int,
     ahead: Ahead | None = None,
+    weaker: Predict | None = None,
 ) -> Images:
     """Draws one image per label. Pure: jit it with everything but `key`, `indices` and `labels` static.
 
@@ -126,13 +127,14 @@ def draw(
         null_label: the unconditional class.
         ahead: makes what the network needs of times and labels, for all steps before the first; `predict` then gets its slice
             for (t, y) as a fourth argument.
+        weaker: as `predict`, of a model that guides in the place of the unconditional half (`sampling/guidance.py`).
 
     Returns:
         float32 [B,H,W,C], nominally in [-1, 1].
     """
     table = plan(sample)
     keys, x = _start(key, indices, image_shape)
-    guide = Guide(predict, labels, sample.guidance, null_label, ahead)
+    guide = Guide(predict, labels, sample.guidance, null_label, ahead, weaker)
     x, _ = _integrate(guide, x, keys, table, noisy=sample.solver == "sde", frames=np.array([], np.int32))
     return x
 
@@ -148,13 +150,14 @@ def draw_trajectory(
     null_label: int,
     frames: int,
     ahead: Ahead | None = None,
+    weaker: Predict | None = None,
 ) -> Trajectory:
     """As `draw`, keeping `frames` of the steps, spread evenly from the first to the last."""
     table = plan(sample)
     kept = np.flatnonzero(table.starts)
     kept = kept[np.linspace(0, len(kept) - 1, min(frames, len(kept))).round().astype(int)]
     keys, x = _start(key, indices, image_shape)
-    guide = Guide(predict, labels, sample.guidance, null_label, ahead)
+    guide = Guide(predict, labels, sample.guidance, null_label, ahead, weaker)
     x, (noisy, expected) = _integrate(guide, x, keys, table, noisy=sample.solver == "sde", frames=kept)
     return Trajectory(images=x, times=jnp.asarray(table.time[kept]), noisy=noisy, expected=expected)
 

@@ -48,6 +48,30 @@ class Frames:
     images: UInt8[np.ndarray, "B H W 3"]
 
 
+@dataclass(frozen=True)
+class Weaker:
+    """A model that guides another one, and its weights."""
+
+    model: dip.DiP
+    params: Params
+
+    def require_fit(self, model: dip.DiP) -> None:
+        """Checks that it can guide.
+
+        Raises:
+            UserError: if it draws other classes or images of another size.
+        """
+        guide, guided = self.model.config, model.config
+        for name, one, other in (
+            ("classes", guide.num_classes, guided.num_classes),
+            ("pixels", *("{}x{}".format(*each.image_size) for each in (guide, guided))),
+        ):
+            if one != other:
+                raise UserError(
+                    f"the guide has {one} {name}, the model {other}: a guide draws the same classes at the same size"
+                )
+
+
 def draw_batches(
     model: dip.DiP,
     params: Params,
@@ -57,6 +81,7 @@ def draw_batches(
     options: config.Sample,
     mesh: jax.sharding.Mesh | None = None,
     only: Iterable[int] | None = None,
+    guide: Weaker | None = None,
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "B H W 3"]]]:
     """Draws one image per label, one batch ahead of the caller.
 
@@ -67,6 +92,7 @@ def draw_batches(
         options: solver, steps, guidance, images per batch.
         mesh: devices; by default this process's own. Where it spans several hosts, all call this and all get all images.
         only: the batches to draw; by default all.
+        guide: a weaker model in the place of the unconditional half (autoguidance).
 
     Yields:
         (k, images): batch k holds the samples from k * options.batch_size on; the last may be shorter.
@@ -78,14 +104,14 @@ def draw_batches(
     guidance.check_internal(options, model.config)
     size = options.batch_size
     mesh = mesh or sharding.make_mesh(config.Mesh(), jax.local_devices())
-    static = {"model": model, "options": options}
+    static, weaker = {"model": model, "options": options}, _guiding(model, guide, mesh)
     rows = _rows(min(size, len(labels)), mesh)
     params = _ready(model, params, mesh)
     waiting: list[tuple[int, int, Any]] = []
     for number in range(-(-len(labels) // size)) if only is None else only:
         indices = np.arange(number * size, min((number + 1) * size, len(labels)))
         with jax.set_mesh(mesh):
-            drawn = _draw(params, *_place(seed, indices, labels[indices], rows=rows, mesh=mesh), **static)
+            drawn = _draw(params, *_place(seed, indices, labels[indices], rows=rows, mesh=mesh), **static, **weaker)
         waiting.append((number, len(indices), drawn))
         if len(waiting) > 1:
             yield _fetch(*waiting.pop(0))
@@ -102,12 +128,13 @@ def draw_frames(
     options: config.Sample,
     mesh: jax.sharding.Mesh | None = None,
     frames: int = 8,
+    guide: Weaker | None = None,
 ) -> Frames:
     """The way from noise to image of a few samples, in one batch; arguments as `draw_batches`."""
     labels = check_labels(labels, model)
     guidance.check_internal(options, model.config)
     mesh = mesh or sharding.make_mesh(config.Mesh(), jax.local_devices())
-    static = {"model": model, "options": options, "frames": frames}
+    static = {"model": model, "options": options, "frames": frames, **_guiding(model, guide, mesh)}
     params = _ready(model, params, mesh)
     count = len(labels)
     with jax.set_mesh(mesh):
@@ -136,6 +163,14 @@ def _ready(model: dip.DiP, params: Params, mesh: jax.sharding.Mesh) -> Params:
     placed = jax.tree.map(_spread, params, sharding.shardings(mesh, model.logical_axes(), params))
     with jax.set_mesh(mesh):
         return _cast(placed, model=model)
+
+
+def _guiding(model: dip.DiP, guide: Weaker | None, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """The arguments that a guide adds to `_draw`: none without one, whose program is then the same."""
+    if guide is None:
+        return {}
+    guide.require_fit(model)
+    return {"weaker": _ready(guide.model, guide.params, mesh), "guide": guide.model}
 
 
 def _spread(array: jax.Array, place: NamedSharding) -> jax.Array:
@@ -190,8 +225,8 @@ def _ahead(model, params, labels, options):
     return functools.partial(model.modulations, params) if needed <= AHEAD_BYTES else None
 
 
-def _arguments(params, seed, indices, labels, model, options):
-    """(predict, the arguments that `sampler.draw` and `sampler.draw_trajectory` share)."""
+def _velocity(params, model, options):
+    """What the network of a model says, as a velocity."""
     network = model.config
     if network.prediction == "x":
         # The last step must land on the predicted image: a floor above its 1 - t would leave noise in every sample.
@@ -204,14 +239,21 @@ def _arguments(params, seed, indices, labels, model, options):
         final, early = (flow.to_velocity(each, x_t, t, model=network) for each in (said.prediction, said.internal))
         return guidance.internal(final, early, t, sample=options)
 
+    return predict
+
+
+def _arguments(params, seed, indices, labels, model, options, weaker, guide):
+    """(predict, the arguments that `sampler.draw` and `sampler.draw_trajectory` share)."""
     shared = {"image_shape": (*model.config.image_size, 3), "null_label": model.config.num_classes}
     shared |= {"sample": options, "ahead": _ahead(model, params, labels, options)}
-    return predict, {"key": jax.random.key(seed), "indices": indices, "labels": labels, **shared}
+    if guide is not None:
+        shared["weaker"] = _velocity(weaker, guide, options)
+    return _velocity(params, model, options), {"key": jax.random.key(seed), "indices": indices, "labels": labels, **shared}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "options"))
-def _draw(params, seed, indices, labels, *, model, options):
-    predict, arguments = _arguments(params, seed, indices, labels, model, options)
+@functools.partial(jax.jit, static_argnames=("model", "options", "guide"))
+def _draw(params, seed, indices, labels, *, model, options, weaker=None, guide=None):
+    predict, arguments = _arguments(params, seed, indices, labels, model, options, weaker, guide)
     x = sampler.draw(predict, **arguments)
     drawn = sampler.to_uint8(x), jnp.isfinite(x).all(axis=(1, 2, 3))
     drawn = jax.lax.with_sharding_constraint(drawn, sharding.spec(("batch",)))
@@ -219,9 +261,9 @@ def _draw(params, seed, indices, labels, *, model, options):
     return jax.lax.with_sharding_constraint(drawn, PartitionSpec())  # every host reads all of it
 
 
-@functools.partial(jax.jit, static_argnames=("model", "options", "frames"))
-def _draw_frames(params, seed, indices, labels, *, model, options, frames):
-    predict, arguments = _arguments(params, seed, indices, labels, model, options)
+@functools.partial(jax.jit, static_argnames=("model", "options", "frames", "guide"))
+def _draw_frames(params, seed, indices, labels, *, model, options, frames, weaker=None, guide=None):
+    predict, arguments = _arguments(params, seed, indices, labels, model, options, weaker, guide)
     way = sampler.draw_trajectory(predict, **arguments, frames=frames)
     noisy, expected, images = (sampler.to_uint8(x) for x in (way.noisy, way.expected, way.images))
     return jax.lax.with_sharding_constraint((way.times, noisy, expected, images), PartitionSpec())
