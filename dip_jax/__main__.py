@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "judge samples: FID, sFID, IS, precision, recall",
     "prepare": "turn images into a dataset directory",
     "convert": "load published PyTorch weights, and write them",
+    "sweep": "find the guidance, interval, steps and average to publish with",
     "info": "parameters, FLOPs and memory of a config, before paying for it",
 }
 USAGE = "usage: python -m dip_jax COMMAND [--help] [flags]\n\n" + "\n".join(f"  {c:<10}{text}" for c, text in COMMANDS.items())

@@ -94,4 +94,4 @@ def test_progress_tells_loss_speed_and_time_left(capsys, monkeypatch):
 
 @pytest.mark.parametrize("seconds, text", [(5.0, "0m05s"), (3599.9, "59m59s"), (7325.0, "2h02m")])
 def test_durations_read_well(seconds, text):
-    assert writers._duration(seconds) == text
+    assert writers.duration(seconds) == text
