@@ -247,7 +247,7 @@ def _arguments(params, seed, indices, labels, model, options, weaker, guide):
     shared = {"image_shape": (*model.config.image_size, 3), "null_label": model.config.num_classes}
     shared |= {"sample": options, "ahead": _ahead(model, params, labels, options)}
     if guide is not None:
-        shared["weaker"] = _velocity(weaker, guide, options)
+        shared["weaker"] = _velocity(weaker, guide, dataclasses.replace(options, internal_guidance=1.0))
     return _velocity(params, model, options), {"key": jax.random.key(seed), "indices": indices, "labels": labels, **shared}
 
 
