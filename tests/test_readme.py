@@ -140,6 +140,7 @@ SMALLER = {
     "prepare": ["--image_size=32"],
     "train": [f"--config.{key}={value}" for key, value in TINY.items()],
     "sample": ["--steps=2", "--num_samples=10"],
+    "sweep": ["--guidance=2", "--steps=1", "--num_samples=10", "--confirm_samples=10", "--confirm_seeds=1"],
     "info": ["--config.model.depth=1", "--config.repa.layer=1"],
 }
 
@@ -163,6 +164,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
         "grid.png",
         "samples.npz",
         "metrics.json",
+        "runs/mine/sweep/confirm.csv",
         "runs/mine/checkpoints/2",
         "runs/official/checkpoints/0",
         "dip.pth",

@@ -5,9 +5,10 @@ Examples:
   python -m dip_jax sweep --workdir=runs/xl --guidance=2.5,2.9,3.3 --interval=0.1:1 --num_samples=5000 --confirm \\
       --confirm_samples=50000 --confirm_seeds=1,2,3
 
-What is not named is as in the config; all averages that the run kept (optim.ema_decays) are swept. All points have the same
-noise, and features of the reference are taken once. A point whose first quarter has more than --cut times the lowest FID of the
-first quarters of the points before it is not drawn to its end. DIR (--out) gets sweep.csv, sweep.json and sweep.png.
+What is not named is as in the config; all averages that the run kept (optim.ema_decays) are swept, with --raw the last
+update's weights too. All points have the same noise, and features of the reference are taken once. A point whose first
+quarter has more than --cut times the lowest FID of the first quarters of the points before it is not drawn to its end. DIR
+(--out) gets sweep.csv, sweep.json and sweep.png.
 
 A killed sweep goes on where it stopped when the same command is given again, and ends with the same table to the byte. With
 --confirm the point of the lowest FID is drawn again with other seeds and more samples: the lowest of many estimates is too low,
@@ -47,6 +48,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string("out", None, "directory for the tables and what is half done; default: WORKDIR/sweep", **own)
     absl_flags.DEFINE_string("guide", None, "workdir or step that guides all points in the place of no class", **own)
     absl_flags.DEFINE_list("ema_decays", None, "averages of the weights; default: all that the run kept", **own)
+    absl_flags.DEFINE_bool("raw", False, "the last update's weights too", **own)
     absl_flags.DEFINE_list("guidance", None, "guidance scales; default: the run's config, as for the next four", **own)
     absl_flags.DEFINE_multi_string("interval", None, "low:high, where guidance applies; given several times", **own)
     absl_flags.DEFINE_list("steps", None, "steps of the solver", **own)
@@ -84,6 +86,8 @@ def run(flags: absl_flags.FlagValues) -> None:
         flags.workdir or flags.checkpoint, verify=True, report=distributed.say, unread=averages.UNREAD["initial"]
     )
     record = checkpoint.read_record(path)
+    if flags.raw and not (path / "state").is_dir():
+        raise UserError(f"--raw: {path} holds averaged weights alone, not the last update's")
     points = _points(flags, record.config)
     guide = _open_guide(flags, record.config)
     judge = _open_judge(flags, record.config)
@@ -130,6 +134,7 @@ def _points(flags: absl_flags.FlagValues, run: config.Config) -> list[Point]:
     if flags.ema_decays is not None:
         decays = [_number(float, "ema_decays", text) for text in flags.ema_decays]
     weights = [(averages.name_of(decay, kept_decays), f"ema {decay:g}") for decay in decays]
+    weights += [("raw", "raw")] * flags.raw
     return sweep.grid(weights, base, **axes)
 
 

@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from faults import harness
 from PIL import Image
 from toy_network import network
 
@@ -14,6 +15,7 @@ from dip_jax import config
 from dip_jax.__main__ import main
 from dip_jax.checkpoints import checkpoint
 from dip_jax.errors import UserError
+from dip_jax.jobs import train
 from dip_jax.metrics import features, sweep, sweeping
 from dip_jax.models import dip
 
@@ -138,6 +140,7 @@ def test_confirm_draws_the_best_with_other_seeds(workdir, tmp_path, capsys):
         (["--interval=0.3"], "must be low:high"),
         (["--solver=rk4"], "sample.solver='rk4' is unknown"),
         (["--ema_decays=0.5"], "no average of decay 0.5"),
+        (["--raw"], "holds averaged weights alone"),
         (["--cut=0.5"], "must be above 1"),
         (["--confirm", "--confirm_seeds=0,1"], "must differ from each other and from --seed=0"),
         (["--checkpoint=x"], "name one of --workdir=DIR and --checkpoint=DIR"),
@@ -148,6 +151,26 @@ def test_mistakes_are_one_line(workdir, tmp_path, capsys, flags, said):
     assert main(["sweep", f"--workdir={workdir}", f"--out={tmp_path / 'out'}", *flags]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert said in line and not (tmp_path / "out" / "results.json").exists()
+
+
+def test_every_average_and_the_last_weights_are_points(dataset, tmp_path):
+    """A run's own bank and, asked for, what `sample --noema` draws from; each row says which, and each is its own weights'."""
+    run, reference = tmp_path / "run", f"--reference={tmp_path / 'reference.npz'}"
+    train.train(
+        harness.tiny_config(dataset, optim__ema_decays=(0.9, 0.5), optim__learning_rate=0.1, train__steps=2), workdir=run
+    )
+    pictures = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "reference.npz", arr_0=pictures)
+    common = [f"--workdir={run}", "--steps=2", "--num_samples=8", "--batch_size=8", reference, "--cache="]
+    assert main(["sweep", *common, "--raw"]) == 0
+    rows = list(csv.DictReader((run / "sweep" / "sweep.csv").read_text().splitlines()))
+    assert [row["weights"] for row in rows] == ["ema 0.9", "ema 0.5", "raw"]
+    assert len({row["fid_toy"] for row in rows}) == 3
+    out, judged = str(tmp_path / "raw.npz"), tmp_path / "judged.json"
+    assert main(["sample", *common[:4], "--noema", f"--out={out}"]) == 0
+    assert main(["evaluate", f"--samples={out}", reference, f"--out={judged}", "--cache="]) == 0
+    expected = json.loads(judged.read_text())["rows"][0]["fid_toy"]
+    assert float(rows[2]["fid_toy"]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_another_grid_needs_another_folder(workdir, tmp_path, capsys):
