@@ -4,6 +4,7 @@
     python -m benchmarks.paper table2        Table 2 and Figure 5: five heads, three placements
     python -m benchmarks.paper figure10      depth and width of the U-Net, patch size
     python -m benchmarks.paper figure4       Figures 4 and 8: t-SNE of features (uses table2's runs)
+    python -m benchmarks.paper options       the options of docs/objective.md and their pairs against plain
 
 Run it again after an interruption, or when the budget is over: finished runs are kept in --work, and the one under way goes on.
 --plot-only draws the PNG from the CSV. --scale=gpu is the same at a size for one GPU.
@@ -13,12 +14,12 @@ import argparse
 import pathlib
 import sys
 
-from benchmarks.paper import figure3, figure4, figure10, table2
+from benchmarks.paper import figure3, figure4, figure10, options, table2
 from benchmarks.paper.scale import SCALES
 from benchmarks.paper.session import Session
 from dip_jax.errors import Exit, Interrupted, UserError
 
-EXPERIMENTS = {"figure3": figure3, "table2": table2, "figure10": figure10, "figure4": figure4}
+EXPERIMENTS = {"figure3": figure3, "table2": table2, "figure10": figure10, "figure4": figure4, "options": options}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -61,6 +61,15 @@ SCALES = {
             "attention": {"head_width": 16, "head_depth": 1},
         },
     ),
+    # Minutes for everything: no head, few images; what differs by less than a lot cannot be told apart here.
+    "small": Scale(
+        model=_CPU | {"head": "none", "width": 64, "depth": 3, "num_heads": 2},
+        photograph=_CPU | {"width": 192, "depth": 2, "num_heads": 3},
+        num_samples=50,
+        num_reference=128,
+        sample=Sample(steps=8, guidance=2.0, interval=(0.0, 1.0), batch_size=50),
+        photograph_steps=200,
+    ),
     "gpu": Scale(
         model=_GPU,
         photograph=_GPU | {"width": 1152, "num_heads": 16, "depth": 6},

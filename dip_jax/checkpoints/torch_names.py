@@ -48,7 +48,13 @@ def network_of(model: config.Model) -> str:
 
 
 def _lacking(model: config.Model, network: Network) -> list[str]:
-    wanted = {"placement": "post_hoc", "position": "rope", "prediction": "v", "internal": False} | network.fields
+    wanted = {
+        "placement": "post_hoc",
+        "position": "rope",
+        "prediction": "v",
+        "internal": False,
+        "context_tokens": 0,
+    } | network.fields
     wanted.pop("head_zero_init", None)  # how training started, not what is computed
     found = {key: getattr(model, key) for key in wanted}
     if model.head == "unet":

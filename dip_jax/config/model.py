@@ -41,6 +41,8 @@ class Model:
     label_std: float = 0.02  # standard deviation at the start of the label table
     internal: bool = False  # a second output, of the tokens after an early block, for `sample.internal_guidance`
     internal_after: int | None = None  # that block, counted from 1; None is a third of the depth
+    context_tokens: int = 0  # tokens of the label that join the image's on their way (JiT has 32); 0 is none
+    context_after: int | None = None  # blocks before they join; None is a third of the depth
     prediction: str = "v"  # what the network says: v | x | eps; loss and sampling convert it to the velocity
     t_clip: float = 0.05  # floor of 1 - t (x) and of t (eps) in that conversion
     dtype: str = "bfloat16"  # compute; parameters, norms, softmax, RoPE, t and loss stay float32
@@ -64,6 +66,13 @@ class Model:
     def internal_block(self) -> int:
         """The block whose tokens the second output reads."""
         return max(self.depth // 3, 1) if self.internal_after is None else self.internal_after
+
+    @property
+    def context_start(self) -> int:
+        """Blocks before the in-context tokens join; the depth where there are none."""
+        if not self.context_tokens:
+            return self.depth
+        return self.depth // 3 if self.context_after is None else self.context_after
 
     def _check(self):
         for name in ("depth", "width", "num_heads", "patch_size", "head_width", "head_depth"):
@@ -89,6 +98,10 @@ class Model:
             raise UserError(f"model.inject_after={self.inject_after} must lie in 1..model.depth={self.depth}")
         if not 1 <= self.internal_block <= self.depth:
             raise UserError(f"model.internal_after={self.internal_after} must lie in 1..model.depth={self.depth}")
+        if self.context_tokens < 0:
+            raise UserError(f"model.context_tokens={self.context_tokens} must not be negative")
+        if self.context_tokens and not 0 <= self.context_start < self.depth:
+            raise UserError(f"model.context_after={self.context_after} must lie in 0..{self.depth - 1}, below model.depth")
         one_of("model.head_pool", self.head_pool, ("avg", "max"))
         one_of("model.head_upsample", self.head_upsample, ("transposed", "nearest"))
         one_of("model.head_init", self.head_init, ("fan_in", "he"))

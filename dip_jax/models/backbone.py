@@ -57,19 +57,23 @@ class Along:
     """What goes along with the tokens through all stacks of blocks while the network is traced."""
 
     taps: tuple[Tap, ...] = ()
+    context: jax.Array | None = None  # in-context tokens [B, n, D]; they join the image's in stacks named NAME_context
 
 
 class _Step(nn.Module):
     """`Block` as a scan body; tokens are pinned to the mesh between blocks, and kept where `take` says so."""
 
     config: config.Model
+    context: int = 0
 
     def setup(self):
         model, block = self.config, Block
         if model.remat != "none":
             # Inside a while loop nothing can be merged across the boundary; unrolled, XLA would undo the rematerialisation.
             block = nn.remat(block, policy=REMAT_POLICIES[model.remat], prevent_cse=not model.scan_layers)
-        self.block = block(model.num_heads, _grid(model), model.attention, lead=TOKENS[:2], dtype=jnp.dtype(model.dtype))
+        self.block = block(
+            model.num_heads, _grid(model), model.attention, lead=TOKENS[:2], dtype=jnp.dtype(model.dtype), context=self.context
+        )
         nn.share_scope(self, self.block)  # no extra level in the parameter tree
 
     def __call__(self, carry: tuple, c: jax.Array | None, adaln: jax.Array | None, takes: tuple[jax.Array, ...]) -> tuple:
@@ -93,6 +97,32 @@ def run_blocks(
     The parameters carry a leading "layers" axis whether `scan_layers` compiles one block or unrolls them all. `first` blocks
     lie before these; the taps of `along` take tokens from among them without a change to the parameters.
     """
+    before = min(max(model.context_start - first, 0), length)
+    if before:
+        tokens = _scan(model, tokens, c, length=before, name=name, first=first, along=along)
+    if before == length:
+        return tokens
+    n = model.context_tokens
+    joined = jnp.concatenate([along.context, tokens], axis=1)
+    joined = _scan(
+        model, joined, c, length=length - before, name=f"{name}_context", first=first + before, along=along, context=n
+    )
+    along.context = joined[:, :n]
+    return constrain(joined[:, n:], *TOKENS)
+
+
+def _scan(
+    model: config.Model,
+    tokens: jax.Array,
+    c: Conditioning,
+    *,
+    length: int,
+    name: str,
+    first: int,
+    along: Along | None,
+    context: int = 0,
+) -> jax.Array:
+    """One stack of `run_blocks`; `context` of the tokens are no image's."""
     taps = [tap for tap in along.taps if first < tap.after <= first + length] if along else []
     scanned = nn.scan(
         _Step,
@@ -106,7 +136,7 @@ def run_blocks(
     ahead = isinstance(c, Modulations)
     told = (None, c.blocks[name]) if ahead else (c, None)
     takes = tuple(jnp.arange(1, length + 1) == tap.after - first for tap in taps)
-    (tokens, taken), _ = scanned(model, name=name)((tokens, (tokens,) * len(taps)), *told, takes)
+    (tokens, taken), _ = scanned(model, context, name=name)((tokens, (tokens,) * len(taps)), *told, takes)
     for tap, kept in zip(taps, taken, strict=True):
-        tap.tokens = kept
+        tap.tokens = kept[:, context:]
     return tokens

@@ -31,30 +31,31 @@ class Modulations:
     blocks: dict[str, Any]  # equation (2) by stack, [..., B, L, 1, 6, D]; this and `final` in the compute dtype
     final: Any  # adaLN of the final layer [..., B, 1, 2, D]; None where there is none
     internal: Any = None  # the same of the second output
+    label: Any = None  # the label's embedding [..., B, D], float32, where in-context tokens read it
 
 
 Conditioning = jax.Array | Modulations  # c [B, 1, D], or all that the network makes of it
 
 
 class Condition(nn.Module):
-    """Equation (1): t [B], y [B] -> (t_emb [B, D] float32, c [B, 1, D] in the compute dtype)."""
+    """Equation (1): t [B], y [B] -> (t_emb [B, D] float32, c [B, 1, D] in the compute dtype, LabelEmbed(y) [B, D] float32)."""
 
     config: config.Model
 
     @nn.compact
-    def __call__(self, t: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, t: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         t_emb = TimeEmbed(self.config.width, name="time")(t)
         y_emb = LabelEmbed(self.config.num_classes, self.config.width, self.config.label_std, name="label")(y)
-        return t_emb, nn.silu(t_emb + y_emb)[:, None, :].astype(jnp.dtype(self.config.dtype))
+        return t_emb, nn.silu(t_emb + y_emb)[:, None, :].astype(jnp.dtype(self.config.dtype)), y_emb
 
 
 def modulations(model: config.Model, params: Params, times: Float[jax.Array, "S"], labels: Labels) -> Modulations:
     """Equation (2) for every time with every label: leading axes [S, B] for times [S] and labels [B]."""
 
-    def condition(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def condition(t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         return Condition(model).apply({"params": params["condition"]}, jnp.broadcast_to(t, labels.shape), labels)
 
-    time, c = jax.vmap(condition)(times)
+    time, c, label = jax.vmap(condition)(times)
 
     def adaln(parts: int, weights: Params) -> jax.Array:
         return modulation(parts, model.width, dtype=jnp.dtype(model.dtype)).apply({"params": weights}, c)
@@ -65,7 +66,7 @@ def modulations(model: config.Model, params: Params, times: Float[jax.Array, "S"
 
     blocks = {name: of_stack(part["modulation"]) for name, part in params.items() if name.startswith("blocks")}
     outputs = {name: adaln(2, params[name]["modulation"]) if name in params else None for name in ("final", "internal")}
-    return Modulations(time, blocks, **outputs)
+    return Modulations(time, blocks, **outputs, label=label if model.context_tokens else None)
 
 
 def time_features(t: jax.Array) -> jax.Array:
@@ -73,6 +74,18 @@ def time_features(t: jax.Array) -> jax.Array:
     frequencies = np.exp(-math.log(10) * np.arange(128) / 128).astype(np.float32)
     angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class ContextTokens(nn.Module):
+    """LabelEmbed(y) [B, D] -> in-context tokens [B, n, D]: the embedding n times, plus a learned table (JiT, Li & He 2025)."""
+
+    config: config.Model
+
+    @nn.compact
+    def __call__(self, label: jax.Array) -> jax.Array:
+        shape = (self.config.context_tokens, self.config.width)
+        table = self.param("table", named(normal(0.02), (None, "embed")), shape)
+        return (label[:, None, :] + table[None].astype(jnp.float32)).astype(jnp.dtype(self.config.dtype))
 
 
 class TimeEmbed(nn.Module):

@@ -34,15 +34,22 @@ def forward_flops(model: config.Model) -> dict[str, int]:
     d, p = model.width, model.patch_size
     n = model.image_size[0] * model.image_size[1] // p**2
     inner = int(2 * int(4 * d) / 3)
-    layer = n * (4 * d * d + 3 * d * inner) + 2 * n * n * d + 6 * d * d
     injected = model.placement in ("intermediate", "hybrid")
     before = model.inject_after if injected else model.depth
+
+    def stack(name: str, first: int, last: int) -> dict[str, int]:
+        def layers(count: int, tokens: int) -> int:
+            return count * (tokens * (4 * d * d + 3 * d * inner) + 2 * tokens * tokens * d + 6 * d * d)
+
+        plain = min(max(model.context_start - first, 0), last - first)
+        return {name: layers(plain, n), f"{name}_context": layers(last - first - plain, n + model.context_tokens)}
+
     head = HEAD_PRODUCTS[model.head](model, n)
     products = {
         "condition": 256 * d + d * d,
         "patch_embed": n * 3 * p * p * d,
-        "blocks": before * layer,
-        "blocks_after": (model.depth - before) * layer,
+        **stack("blocks", 0, before),
+        **stack("blocks_after", before, model.depth),
         "inject": n * 3 * p * p * d if injected else 0,
         "inject_head": head if injected else 0,
         "internal": n * d * 3 * p * p + 2 * d * d if model.internal else 0,

@@ -21,7 +21,7 @@ from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.models import condition
 from dip_jax.models.backbone import TOKENS, Along, PatchEmbed, Tap
-from dip_jax.models.condition import Condition, Modulations
+from dip_jax.models.condition import Condition, ContextTokens, Modulations
 from dip_jax.models.layers import Named
 from dip_jax.models.patches import patchify, unpatchify
 from dip_jax.models.placement import PLACEMENTS, check_placement, final
@@ -39,11 +39,13 @@ class _Network(nn.Module):
         model = self.config
         p = patchify(x_t, model.patch_size)
         p = constrain(p, "batch", "tokens", "height", "width", "channels")
-        t_emb, c = (ahead.time, ahead) if ahead is not None else Condition(model, name="condition")(t, y)
+        read = (ahead.time, ahead, ahead.label) if ahead is not None else Condition(model, name="condition")(t, y)
+        t_emb, c, label = read
+        context = ContextTokens(model, name="context")(label) if model.context_tokens else None
         tokens = PatchEmbed(model, name="patch_embed")(p)
         asked, early = Tap(after or 0), Tap(model.internal_block)
         taps = (asked,) * (after is not None) + (early,) * internal
-        out, tokens = PLACEMENTS[model.placement](model, p, tokens, t_emb, c, Along(taps))
+        out, tokens = PLACEMENTS[model.placement](model, p, tokens, t_emb, c, Along(taps, context))
         features = constrain(tokens, *TOKENS) if after is None else asked.tokens
         outputs = [out, final(model, early.tokens, c, p, name="internal")] if internal else [out]
         images = [unpatchify(each.astype(jnp.float32), model.image_size) for each in outputs]
@@ -96,7 +98,7 @@ class DiP:
         exact = {"norm", "kernel"}
 
         def each(path, axes, array):
-            stays = path[0].key == "condition" or exact & {*axes}
+            stays = path[0].key in ("condition", "context") or exact & {*axes}
             return array if stays else array.astype(jnp.dtype(self.config.dtype))
 
         return jax.tree_util.tree_map_with_path(each, self.logical_axes(), params, is_leaf=is_axes)

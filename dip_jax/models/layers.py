@@ -151,17 +151,17 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
 
 
-def rope_table(grid: tuple[int, int], head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def rope_table(grid: tuple[int, int], head_dim: int, context: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines [N, 1, head_dim / 2] of 2-D rotary positions on an (h, w) grid of tokens.
 
     Positions run over linspace(0, 16, n), endpoint included, along each axis whatever n is; the frequencies are
-    10000^(-4 i / head_dim), and each serves x, then y.
+    10000^(-4 i / head_dim), and each serves x, then y. `context` tokens before the image's have no place: they are not rotated.
     """
     h, w = grid
     ys, xs = np.meshgrid(np.linspace(0, 16, h), np.linspace(0, 16, w), indexing="ij")
     frequencies = 10000.0 ** -(np.arange(0, head_dim, 4) / head_dim)
     angles = np.stack([np.outer(xs.ravel(), frequencies), np.outer(ys.ravel(), frequencies)], axis=-1)
-    angles = angles.reshape(h * w, 1, head_dim // 2)
+    angles = np.pad(angles.reshape(h * w, 1, head_dim // 2), ((context, 0), (0, 0), (0, 0)))
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
@@ -206,7 +206,7 @@ class Attention(nn.Module):
     """Multi-head self-attention with RMSNorm on q and k per head, then 2-D RoPE; x [..., N, D] -> [..., N, D].
 
     Attributes:
-        grid: (h, w) with h * w = N.
+        grid: (h, w) with h * w = N, or N less the in-context tokens.
         lead: logical names of the axes before D where activations are pinned to the mesh; () inside a vmapped head.
     """
 
@@ -215,6 +215,7 @@ class Attention(nn.Module):
     implementation: str = "auto"
     lead: Axes = ()
     dtype: Any = jnp.float32
+    context: int = 0  # in-context tokens, which come first
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -223,7 +224,7 @@ class Attention(nn.Module):
         qkv = Linear((3, width), ("embed", None, "heads"), bias=False, dtype=self.dtype, name="qkv")(x)
         qkv = qkv.reshape(*qkv.shape[:-1], self.num_heads, head_dim)
         q, k, v = unstack(qkv, -3)
-        table = rope_table(self.grid, head_dim)
+        table = rope_table(self.grid, head_dim, self.context)
         q = rotate(RMSNorm(name="q_norm")(q), table).astype(self.dtype)
         k = rotate(RMSNorm(name="k_norm")(k), table).astype(self.dtype)
         if self.lead:
@@ -262,6 +263,7 @@ class Block(nn.Module):
     implementation: str = "auto"
     lead: Axes = ()
     dtype: Any = jnp.float32
+    context: int = 0  # in-context tokens, which come first
 
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array | None, adaln: jax.Array | None = None) -> jax.Array:
@@ -271,7 +273,7 @@ class Block(nn.Module):
         if self.lead:  # left sharded over tensor, XLA adds up the wrong parts on a data x fsdp x tensor mesh
             adaln = constrain(adaln, self.lead[0], None, None, "act_embed")
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = unstack(adaln, -2)
-        attention = Attention(self.num_heads, self.grid, self.implementation, name="attention", **kind)
+        attention = Attention(self.num_heads, self.grid, self.implementation, context=self.context, name="attention", **kind)
         x = x + scale(attention(modulate(RMSNorm(name="norm1")(x), shift_a, scale_a).astype(self.dtype)), gate_a)
         mlp = SwiGLU(name="mlp", **kind)
         return x + scale(mlp(modulate(RMSNorm(name="norm2")(x), shift_m, scale_m).astype(self.dtype)), gate_m)

@@ -21,7 +21,8 @@ from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.typing import Params
 
-_STACKS = ("blocks", "blocks_after")  # the second one only where a head sits between them
+# In their order; the second half only where a head sits between them, the others only where in-context tokens join.
+_STACKS = ("blocks", "blocks_context", "blocks_after", "blocks_after_context")
 _BACKBONE = ("condition", "patch_embed", *_STACKS, "final")
 _HEADS = {"head": ("head",), "inject_head": ("inject_head", "inject")}  # each with what reads it
 # What a head computes beyond its parameters' shapes.
@@ -92,6 +93,8 @@ def start_from(params: Params, origin: Origin, *, model: config.Model, rows: Row
         wrong += [f"{name}{path}: {old.get(path)} instead of {shape}" for path, shape in new.items() if old.get(path) != shape]
     if wrong:
         raise UserError(f"the weights to start from do not fit this model: {'; '.join(wrong[:5])}")
+    if _same_context(params, origin):
+        shared.append("context")
     if _same_internal(params, origin, model=model):
         shared.append("internal")
     shared += [part for name in shared_heads(params, origin, model=model) for part in _HEADS[name]]
@@ -111,6 +114,10 @@ def shared_heads(params: Params, origin: Origin, *, model: config.Model) -> list
     return [name for name in there if same and _shapes(params[name]) == _shapes(origin.params[name])]
 
 
+def _same_context(params: Params, origin: Origin) -> bool:
+    return "context" in params and _shapes(params["context"]) == _shapes(origin.params.get("context", {}))
+
+
 def _same_internal(params: Params, origin: Origin, *, model: config.Model) -> bool:
     """Whether the second output carries over: it reads the same block, and has the same shape."""
     there = model.internal and origin.model.internal and model.internal_block == origin.model.internal_block
@@ -128,6 +135,7 @@ def describe(params: Params, origin: Origin, *, model: config.Model, rows: Rows)
     if origin.model.image_size != model.image_size:
         said.append("images of {} x {}, were {} x {}".format(*model.image_size, *origin.model.image_size))
     said += ["a new head"] if heads and kept != heads else []
+    said += ["new in-context tokens"] if "context" in params and not _same_context(params, origin) else []
     said += ["a new second output"] if model.internal and not _same_internal(params, origin, model=model) else []
     differing = [name for name in _MEANING_FIELDS if getattr(model, name) != getattr(origin.model, name)]
     said += [f"{name} {getattr(model, name)}, was {getattr(origin.model, name)}" for name in differing]
@@ -135,14 +143,16 @@ def describe(params: Params, origin: Origin, *, model: config.Model, rows: Rows)
 
 
 def _restacked(source: Params, like: Params) -> Params:
-    """The blocks in the stacks of `like`: one, or two where a head sits between them."""
+    """The blocks in the stacks of `like`: several where a head sits between them or in-context tokens join."""
     stacks = [source[name] for name in _STACKS if name in source]
     blocks = jax.tree.map(lambda *parts: np.concatenate(parts), *stacks)
-    source = {**source, "blocks": blocks}
-    if "blocks_after" in like:
-        first = jax.tree.leaves(like["blocks"])[0].shape[0]
-        source["blocks"] = jax.tree.map(lambda a: a[:first], blocks)
-        source["blocks_after"] = jax.tree.map(lambda a: a[first:], blocks)
+    source, first = {name: part for name, part in source.items() if name not in _STACKS}, 0
+    names = [name for name in _STACKS if name in like]
+    for name in names:
+        # The last stack takes what is left, so that another depth is told by its shapes.
+        last = None if name == names[-1] else first + jax.tree.leaves(like[name])[0].shape[0]
+        source[name] = jax.tree.map(lambda a, part=slice(first, last): a[part], blocks)
+        first = last
     return source
 
 

@@ -13,7 +13,7 @@ from dip_jax.planning import hlo
 # Part of the model -> what the names of its operations contain; the first that fits.
 PARTS = {
     "head": r"/(inject_)?head\b|/inject\b",
-    "blocks": r"/blocks(_after)?\b|/while/body",
+    "blocks": r"/blocks(_after)?(_context)?\b|/while/body",
     "embeddings": r"/(condition|patch_embed|final)\b",
 }
 _CONTROL = ("while", "conditional", "call")

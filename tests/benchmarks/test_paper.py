@@ -10,7 +10,7 @@ from PIL import Image
 from places import ROOT
 
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import figure3, figure4, figure10, measure, scale, session, table2, tables
+from benchmarks.paper import figure3, figure4, figure10, measure, options, scale, session, table2, tables
 from dip_jax import config
 from dip_jax.errors import Exit, Interrupted, UserError
 
@@ -167,3 +167,41 @@ def test_a_run_is_measured_once_and_the_budget_stops_between_runs(tmp_path, monk
         late.run("b", config.Config(), quality)
     with pytest.raises(UserError):
         tables.read(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("differences", "said"),
+    [
+        ([-0.3, -0.31, -0.29], "better"),
+        ([0.3, 0.31, 0.29], "worse"),
+        ([-0.3, 0.2, 0.0], "cannot be told apart"),
+        ([-9.0], "too few seeds"),
+    ],
+)
+def test_an_option_is_better_or_worse_only_where_three_seeds_tell_it_apart(differences, said):
+    assert options.judge(differences) == said
+
+
+def test_verdicts_compare_with_plain_of_the_same_seed_and_length():
+    rows = [
+        {"variant": variant, "seed": seed, "steps": steps, "loss": seed + steps + gain * (steps == 2), "fid_lite0": 1.0}
+        for variant, gain in (("plain", 0.0), ("better", -0.5))
+        for seed in (0, 1, 2)
+        for steps in (1, 2)
+    ]
+    found = {(row["variant"], row["steps"], row["metric"]): row for row in options.verdicts(rows)}
+    assert found["better", 2, "loss"]["verdict"] == "better" and found["better", 2, "loss"]["difference"] == -0.5
+    assert found["better", 2, "loss"]["spread"] == 1.0 and found["better", 2, "loss"]["mean"] == 2.5
+    assert found["better", 1, "loss"]["verdict"] == "cannot be told apart" == found["better", 2, "fid_lite0"]["verdict"]
+    assert found["plain", 1, "loss"]["verdict"] == ""
+
+
+def test_options_that_differ_in_sampling_alone_share_their_runs():
+    names = {name: options.run_name(fields, seed=0) for name, fields in options.VARIANTS.items()}
+    assert names["second output, unused"] == names["internal guidance"] and len({*names.values()}) == len(names) - 1
+    for fields in options.VARIANTS.values():
+        made = options.trained(scale.SCALES["cpu"], fields, seed=1, data="")
+        assert made.optim.schedule == "constant" and made.checkpoint.every_steps * 2 == made.train.steps
+        for section, values in fields.items():
+            if section != "sample":
+                assert {key: getattr(getattr(made, section), key) for key in values} == values

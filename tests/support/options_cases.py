@@ -44,7 +44,8 @@ def attention() -> dict[str, np.ndarray]:
     d = WIDTH
     shapes = {"x": (2, CONTEXT + GRID**2, d), "qkv": (3 * d, d), "proj": (d, d), "proj_bias": (d,)}
     shapes |= {"q_norm": (d // HEADS,), "k_norm": (d // HEADS,)}
-    return {name: normal(f"attention {name}", *shape) / (1 if name == "x" else np.sqrt(d)) for name, shape in shapes.items()}
+    sizes = {name: np.float32(1 if name == "x" else np.sqrt(d)) for name in shapes}
+    return {name: normal(f"attention {name}", *shape) / sizes[name] for name, shape in shapes.items()}
 
 
 def context() -> dict[str, np.ndarray]:
