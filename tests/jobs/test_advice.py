@@ -293,6 +293,7 @@ def test_a_mesh_of_another_number_of_devices(sizes, helps):
     line = str(told.value)
     if found := re.search(r"mesh.data=(\d+), or -1, takes them all", line):
         assert helps["data"] in (int(found.group(1)), -1)
+        assert sharding.make_mesh(config.Mesh(**{**sizes, "data": int(found.group(1))})).size == 8
     else:
         assert line.endswith("choose sizes that divide their number")
     assert sharding.make_mesh(config.Mesh(**helps)).size == 8
