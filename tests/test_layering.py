@@ -34,6 +34,8 @@ ONE_DOOR = {  # third-party module -> the only places that may import it
     "flax.linen": ("models.",),
     "orbax": ("checkpoints.items",),
     "huggingface_hub": ("checkpoints.hub",),
+    "wandb": ("runtime.trackers",),
+    "mlflow": ("runtime.trackers",),
     "tensorboardX": ("runtime.writers", "metrics."),
     "matplotlib": ("reporting.",),
     "grain": ("data.",),

@@ -23,7 +23,7 @@ from dip_jax.config import Config, to_dict
 from dip_jax.data import prepared, workers
 from dip_jax.errors import UserError
 from dip_jax.metrics import features
-from dip_jax.runtime import command_line, distributed, goodput, sharding, storage
+from dip_jax.runtime import command_line, distributed, goodput, sharding, storage, trackers
 from dip_jax.runtime.lock import Lock
 from dip_jax.runtime.signals import Signals
 from dip_jax.training import config_change, loop, showing
@@ -103,6 +103,7 @@ def train(config: Config, *, workdir: epath.PathLike, allow_change: Collection[s
                 f"model.attention=cudnn needs a GPU but the devices are {devices[0].platform}: set model.attention=auto"
             )
         features.require_known("eval.features", config.eval.features)
+        distributed.on_main(lambda: trackers.require(config.train.tracker))
         if config.train.eval_every and not epath.Path(config.eval.reference or "/none/").exists():
             raise UserError(
                 f"train.eval_every={config.train.eval_every} needs eval.reference={config.eval.reference!r} to exist: "

@@ -19,7 +19,8 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from dip_jax.runtime import storage
+from dip_jax.config import Config, to_dict
+from dip_jax.runtime import storage, trackers
 
 Row = dict[str, Any]
 
@@ -96,15 +97,23 @@ def image_path(workdir: epath.Path, step: int, name: str) -> epath.Path:
 
 
 class Writer:
-    """The tables, TensorBoard events and images of one workdir. Only one process has one.
+    """The tables, TensorBoard events and images of one workdir, and a tracker's. Only one process has one.
 
     Args:
         workdir: `metrics.jsonl`, `metrics.csv`, `eval.jsonl`, `images/` and `tensorboard/` go there.
         resume_step: the step that training goes on from.
+        config: of the run, for the tracker that it names, if any.
+
+    Raises:
+        UserError: if the tracker does not begin.
     """
 
-    def __init__(self, workdir: epath.Path, *, resume_step: int = 0):
+    def __init__(self, workdir: epath.Path, *, resume_step: int = 0, config: Config | None = None):
         self._workdir = workdir
+        self._tracker = None
+        if config is not None and config.train.tracker:
+            logged = max((row["step"] for row in read_rows(workdir / "metrics.jsonl")), default=0)
+            self._tracker = trackers.Tracker(config.train.tracker, workdir, to_dict(config), logged=logged)
         self._tables = {name: Table(workdir / name, resume_step=resume_step) for name in ("metrics", "eval")}
         self._events = None
         if storage.is_local(workdir):  # tensorboardX appends, which a bucket cannot
@@ -117,6 +126,8 @@ class Writer:
         """
         values = {key: float(value) if np.isfinite(value) else None for key, value in values.items()}
         self._tables[table].add({"step": step, **values})
+        if self._tracker is not None:
+            self._tracker.scalars(step, values, table=table)
         if self._events is not None:
             for key in values.keys() - {key for key, value in values.items() if value is None}:
                 self._events.add_scalar(f"{table}/{key}", values[key], step)
@@ -128,12 +139,16 @@ class Writer:
         data = io.BytesIO()
         Image.fromarray(np.asarray(pixels)).save(data, "PNG")
         storage.write_bytes(path, data.getvalue())
+        if self._tracker is not None:
+            self._tracker.image(step, name, np.asarray(pixels))
         if self._events is not None:
             self._events.add_image(name, np.asarray(pixels), step, dataformats="HWC")
         return path
 
     def close(self) -> None:
         """Flushes TensorBoard as far as the disk lets us: the numbers are in the tables, and a save tells of a full disk."""
+        if self._tracker is not None:
+            self._tracker.close()
         if self._events is not None:
             with contextlib.suppress(OSError):
                 self._events.close()

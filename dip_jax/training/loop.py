@@ -60,10 +60,8 @@ class Run:
         parts = (self._model, self._optimizer, self._shardings, self._mesh)
         asked = {"objective": config.flow, "optim": config.optim, "only": config.train.only}
         self._train_step = step.compile_train_step(*parts, **asked, frozen=places, **aligned)
-        planned = (config, self._model, self._optimizer, self._shardings)
-        distributed.on_main(
-            lambda: distributed.say(workload.describe_work(*planned, alignment=self._alignment, mesh=self._mesh))
-        )
+        planned, on = (config, self._model, self._optimizer, self._shardings), {"mesh": self._mesh}
+        distributed.on_main(lambda: distributed.say(workload.describe_work(*planned, **aligned, **on)))
         replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         self._key = jax.jit(lambda: jax.random.fold_in(jax.random.key(config.train.seed), _NOISE), out_shardings=replicated)()
         if distributed.is_main():
@@ -111,18 +109,19 @@ class Run:
             self._state = restored.replace(opt_state=optim.renest(restored.opt_state, old=was, new=now))
             distributed.say(f"going on from step {found.step} of {self._workdir}")
         else:
-            self._state = state.init_sharded(
-                self._model, self._optimizer, self._config.train.seed, self._shardings, alignment=self._alignment
-            )
+            seed, aligned = self._config.train.seed, {"alignment": self._alignment}
+            self._state = state.init_sharded(self._model, self._optimizer, seed, self._shardings, **aligned)
             if self._origin is not None:
                 params = jax.device_put(self._begin(self._state.params, self._origin)[0], self._shardings.params)
                 self._state = self._state.replace(params=params)
                 emas = (jax.device_put(self._state.weights, place, may_alias=False) for place in self._shardings.emas)
                 self._state = self._state.replace(emas=tuple(emas))
-        if distributed.is_main():
-            self._close_writers()
-            self._writer = writers.Writer(self._workdir, resume_step=self._step)
-            self._progress = writers.Progress(total=self._config.train.steps, start=self._step)
+        distributed.on_main(self._open_writers)
+
+    def _open_writers(self) -> None:
+        self._close_writers()
+        self._writer = writers.Writer(self._workdir, resume_step=self._step, config=self._config)
+        self._progress = writers.Progress(total=self._config.train.steps, start=self._step)
 
     def loop(self) -> None:
         """Steps until the last one, a signal, or numbers that stay bad."""

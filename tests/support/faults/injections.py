@@ -224,7 +224,7 @@ def known_times() -> None:
 
     step.compile_train_step = compile_train_step
     _harm_batches(lambda k, salt, batch: lasting("data", 0.1, lambda: batch)())
-    checkpoint.Checkpoints.save = lasting("saving", 1.0, checkpoint.Checkpoints.save)
+    checkpoint.Checkpoints.save = lasting("saving", 2.0, checkpoint.Checkpoints.save)
     checkpoint.Checkpoints.wait = lasting("saving", 0.0, checkpoint.Checkpoints.wait)
     showing.judge.open_judge = lambda *args, **kwargs: lambda images: types.SimpleNamespace(metrics={"N": len(images.labels)})
     showing.Show.metrics = lasting("showing", 2.0, showing.Show.metrics)
