@@ -65,6 +65,26 @@ def test_a_guide_of_any_size_is_combined_inside_the_interval(prediction):
     assert np.abs(found.astype(int) - expected).max() <= 1 and (found == expected).mean() > 0.99
 
 
+def test_internal_guidance_is_the_models_own_and_not_the_guides():
+    """Both at once, by hand: the guide has no second output and is taken as it is."""
+    model, smaller = small(internal=True), small(depth=1, width=16, head="none")
+    params, weak = weights(model, 1), weights(smaller, 2)
+    options = config.Sample(steps=2, guidance=1.7, interval=(0.2, 0.9), internal_guidance=1.4, batch_size=4)
+    found = draw(model, params, options, guide=Weaker(smaller, weak))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), jnp.arange(4))
+    x = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), (16, 8, 3)))(keys)
+    for t in (0.0, 0.5):
+        inputs = (x, jnp.full(4, np.float32(t)), jnp.array(LABELS))
+        said = model.apply_all(params, *inputs)
+        v = said.internal + 1.4 * (said.prediction - said.internal)
+        if t:
+            other = smaller.apply(weak, *inputs)
+            v = other + 1.7 * (v - other)
+        x = x + v / 2
+    expected = np.clip(np.round((np.asarray(x) + 1) * 127.5), 0, 255)
+    assert np.abs(found.astype(int) - expected).max() <= 1 and (found == expected).mean() > 0.99
+
+
 def test_itself_as_guide_changes_nothing_and_a_weaker_one_does():
     model = small()
     params = weights(model, 1)
