@@ -133,3 +133,11 @@ def test_a_sign_of_life_is_given_while_the_loop_is_busy(workdir, monkeypatch):
         assert 0.3 < start.seconds["showing"] <= 0.6
         assert start.runs(goodput.time.time(), local=True) and not start.runs(start.last + 10, local=True)
     ledger.close(0)
+
+
+def test_every_gap_between_starts_is_stopped_and_a_clock_that_is_behind_takes_nothing_away():
+    moments = ((100.0, 110.0), (130.0, 140.0), (139.0, 150.0), (155.0, 160.0))  # the third host's clock is a second behind
+    starts = [goodput.Start(began, last, 0, 1, {"steps": last - began}) for began, last in moments]
+    found = goodput.divide(starts)
+    assert (found["stopped"], found["steps"]) == (25, 36)
+    assert goodput.divide(starts[:1])["stopped"] == 0 and sum(goodput.divide([]).values()) == 0

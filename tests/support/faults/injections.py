@@ -15,7 +15,7 @@ from dip_jax.data import pipeline, prepared
 from dip_jax.errors import UserError
 from dip_jax.runtime import profiling, storage
 from dip_jax.sampling import sample_files
-from dip_jax.training import loop, showing, step
+from dip_jax.training import bad_numbers, loop, showing, step
 
 
 def _harm_batches(harm) -> None:
@@ -226,6 +226,8 @@ def known_times() -> None:
     _harm_batches(lambda k, salt, batch: lasting("data", 0.1, lambda: batch)())
     checkpoint.Checkpoints.save = lasting("saving", 2.0, checkpoint.Checkpoints.save)
     checkpoint.Checkpoints.wait = lasting("saving", 0.0, checkpoint.Checkpoints.wait)
+    all_finite = bad_numbers.all_finite  # compiled at the first save
+    bad_numbers.all_finite = lasting("saving", 0.0, lambda state: bool(all_finite(state)))
     showing.judge.open_judge = lambda *args, **kwargs: lambda images: types.SimpleNamespace(metrics={"N": len(images.labels)})
     showing.Show.metrics = lasting("showing", 2.0, showing.Show.metrics)
     profiling.Profiler.turn = lasting("profiling", 1.0, profiling.Profiler.turn)
