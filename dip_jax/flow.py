@@ -49,7 +49,7 @@ def to_velocity(prediction: Images, x_t: Images, t: Times, *, model: Model) -> I
     The denominators are floored at `model.t_clip`, where the division would otherwise blow up.
     """
     t = _per_image(t)
-    if model.prediction == "x":
+    if model.prediction in ("x", "asym"):  # the network says s and gives it as an image (`models/asym.py`)
         return (prediction - x_t) / jnp.maximum(1 - t, model.t_clip)
     if model.prediction == "eps":
         return (x_t - prediction) / jnp.maximum(t, model.t_clip)
@@ -90,7 +90,7 @@ def corrupt(key: PRNGKey, x: Images, y: Labels, *, flow: Flow, model: Model) -> 
     key_times, key_noise, key_labels = jax.random.split(key, 3)
     t = sample_times(key_times, x.shape[0], flow=flow)
     eps = jax.random.normal(key_noise, x.shape, jnp.float32)
-    target = {"v": velocity(x, eps), "x": x, "eps": eps}[model.prediction]
+    target = {"v": velocity(x, eps), "x": x, "asym": x, "eps": eps}[model.prediction]
     y = drop_labels(key_labels, y, rate=flow.label_dropout, null_label=model.num_classes)
     return Corrupted(x_t=interpolate(x, eps, t), t=t, y=y, target=target)
 

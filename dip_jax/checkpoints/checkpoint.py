@@ -32,7 +32,7 @@ from dip_jax.checkpoints.items import Record, read_record
 from dip_jax.config import Checkpoint, Config, Train
 from dip_jax.config.checks import one_of
 from dip_jax.errors import Exit, Interrupted, UserError, cause, reason
-from dip_jax.models import dip, starting
+from dip_jax.models import asym, dip, starting
 from dip_jax.runtime import distributed, sharding, storage
 from dip_jax.typing import Params
 
@@ -208,6 +208,8 @@ def load(
         if origin := read_origin(record.config.train):
             started, _ = starting.begin(params, origin, model=model.config, classes=record.classes)
             params = jax.tree.map(jnp.asarray, started)
+        if asym.SUBSPACE in params:  # found in the dataset, not drawn from the seed
+            params |= items.read_arrays(path / "ema", {asym.SUBSPACE: params[asym.SUBSPACE]}, partial=True)
         return model, params
     params = jax.eval_shape(model.init, jax.random.key(0))
     if weights in NAMES:

@@ -172,7 +172,7 @@ def describe(record: items.Record, *, name: str, address: str, step: int, weight
         "images": f"{height} x {width} pixels, {_plural(model.num_classes)}",
         "backbone": f"{model.depth} blocks of width {model.width}, {model.num_heads} heads, patches of {model.patch_size}",
         "head": f"{model.head}, {model.placement}",
-        "predicts": {"v": "the velocity", "x": "the image", "eps": "the noise"}[model.prediction],
+        "predicts": {"v": "the velocity", "x": "the image", "asym": "the image", "eps": "the noise"}[model.prediction],
         "weights": averaged,
     }
     images = step * config.data.batch_size

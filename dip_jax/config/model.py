@@ -43,8 +43,9 @@ class Model:
     internal_after: int | None = None  # that block, counted from 1; None is a third of the depth
     context_tokens: int = 0  # tokens of the label that join the image's on their way (JiT has 32); 0 is none
     context_after: int | None = None  # blocks before they join; None is a third of the depth
-    prediction: str = "v"  # what the network says: v | x | eps; loss and sampling convert it to the velocity
-    t_clip: float = 0.05  # floor of 1 - t (x) and of t (eps) in that conversion
+    prediction: str = "v"  # what the network says: v | x | eps | asym; loss and sampling convert it to the velocity
+    subspace_rank: int = 8  # asym: dimensions of a patch in which noise is predicted (models/asym.py); 0 is x, 3 P^2 is v
+    t_clip: float = 0.05  # floor of 1 - t (x, asym) and of t (eps) in that conversion
     dtype: str = "bfloat16"  # compute; parameters, norms, softmax, RoPE, t and loss stay float32
     attention: str = "auto"  # auto | xla | cudnn
     scan_layers: bool = True  # one compiled block, scanned; False unrolls
@@ -107,7 +108,11 @@ class Model:
         one_of("model.head_init", self.head_init, ("fan_in", "he"))
         one_of("model.head_feature", self.head_feature, ("raw", "silu"))
         one_of("model.position", self.position, ("rope", "rope+sincos"))
-        one_of("model.prediction", self.prediction, ("v", "x", "eps"))
+        one_of("model.prediction", self.prediction, ("v", "x", "eps", "asym"))
+        if self.prediction == "asym" and not 0 <= self.subspace_rank <= 3 * self.patch_size**2:
+            raise UserError(
+                f"model.subspace_rank={self.subspace_rank} must lie in 0..{3 * self.patch_size**2}, the numbers in a patch"
+            )
         positive("model", self, "t_clip", "label_std")
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         one_of("model.attention", self.attention, ("auto", "xla", "cudnn"))

@@ -19,10 +19,10 @@ from jaxtyping import Float
 
 from dip_jax import config
 from dip_jax.errors import UserError
-from dip_jax.models import condition
+from dip_jax.models import asym, condition
 from dip_jax.models.backbone import TOKENS, Along, PatchEmbed, Tap
 from dip_jax.models.condition import Condition, ContextTokens, Modulations
-from dip_jax.models.layers import Named
+from dip_jax.models.layers import Named, named, zeros
 from dip_jax.models.patches import patchify, unpatchify
 from dip_jax.models.placement import PLACEMENTS, check_placement, final
 from dip_jax.runtime.sharding import constrain, is_axes
@@ -48,8 +48,17 @@ class _Network(nn.Module):
         out, tokens = PLACEMENTS[model.placement](model, p, tokens, t_emb, c, Along(taps, context))
         features = constrain(tokens, *TOKENS) if after is None else asked.tokens
         outputs = [out, final(model, early.tokens, c, p, name="internal")] if internal else [out]
-        images = [unpatchify(each.astype(jnp.float32), model.image_size) for each in outputs]
+        images = [unpatchify(each, model.image_size) for each in self._as_predicted(outputs, p, t)]
         return images[0], features, images[1] if internal else None
+
+    def _as_predicted(self, outputs: list[jax.Array], p: jax.Array, t: jax.Array) -> list[jax.Array]:
+        """Patches of the outputs as others read them, float32."""
+        model, outputs = self.config, [each.astype(jnp.float32) for each in outputs]
+        if model.prediction != "asym" or not model.subspace_rank:
+            return outputs
+        shape = (3 * model.patch_size**2, model.subspace_rank)
+        basis = self.param(asym.SUBSPACE, named(zeros, ("pixels", None)), shape)
+        return [asym.to_image(each, p, t, basis, t_clip=model.t_clip) for each in outputs]
 
 
 class Outputs(NamedTuple):
@@ -78,7 +87,7 @@ class DiP:
             x_t: noisy images in [-1, 1] where they are data, [B, H, W, 3].
             t: times [B] in [0, 1]; 0 is noise.
             y: labels [B]; `config.num_classes` is the null class, anything beyond gives NaN.
-            ahead: what `modulations` gave for these t and y, which are then not read.
+            ahead: what `modulations` gave for these t and y, in the place of which it is read.
         """
         return self._run(params, x_t, t, y, ahead=ahead)[0]
 
@@ -98,7 +107,7 @@ class DiP:
         exact = {"norm", "kernel"}
 
         def each(path, axes, array):
-            stays = path[0].key in ("condition", "context") or exact & {*axes}
+            stays = path[0].key in ("condition", "context", asym.SUBSPACE) or exact & {*axes}
             return array if stays else array.astype(jnp.dtype(self.config.dtype))
 
         return jax.tree_util.tree_map_with_path(each, self.logical_axes(), params, is_leaf=is_axes)

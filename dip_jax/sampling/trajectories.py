@@ -228,9 +228,10 @@ def _ahead(model, params, labels, options):
 def _velocity(params, model, options):
     """What the network of a model says, as a velocity."""
     network = model.config
-    if network.prediction == "x":
+    if network.prediction in ("x", "asym"):
         # The last step must land on the predicted image: a floor above its 1 - t would leave noise in every sample.
         network = dataclasses.replace(network, t_clip=min(network.t_clip, 1 - float(sampler.time_grid(options)[-2])))
+        model = dip.DiP(network)  # asym reads the floor too
 
     def predict(x_t, t, y, *ahead):
         if options.internal_guidance == 1:

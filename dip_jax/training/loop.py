@@ -16,7 +16,7 @@ from dip_jax.errors import Exit, Interrupted
 from dip_jax.models import dip, starting
 from dip_jax.runtime import distributed, profiling, storage, writers
 from dip_jax.runtime.watchdog import Watchdog
-from dip_jax.training import bad_numbers, optim, pace, repa, showing, state, step, workload
+from dip_jax.training import bad_numbers, optim, pace, repa, showing, state, step, subspace, workload
 from dip_jax.typing import Params
 
 _PATIENCE = 10.0  # the watchdog waits this many times longer for compiling, saving and sampling
@@ -111,11 +111,10 @@ class Run:
         else:
             seed, aligned = self._config.train.seed, {"alignment": self._alignment}
             self._state = state.init_sharded(self._model, self._optimizer, seed, self._shardings, **aligned)
-            if self._origin is not None:
-                params = jax.device_put(self._begin(self._state.params, self._origin)[0], self._shardings.params)
-                self._state = self._state.replace(params=params)
-                emas = (jax.device_put(self._state.weights, place, may_alias=False) for place in self._shardings.emas)
-                self._state = self._state.replace(emas=tuple(emas))
+            first = self._begin(self._state.params, self._origin)[0] if self._origin else self._state.params
+            first = subspace.prepare(first, self._origin, self._config.model, self._dataset, self._workdir)
+            if first is not self._state.params:
+                self._state = state.with_first_weights(self._state, first, self._shardings)
         distributed.on_main(self._open_writers)
 
     def _open_writers(self) -> None:
@@ -245,7 +244,8 @@ class Run:
                     code=Exit.NUMERIC_ABORT,
                 )
             replaced = self._count_replaced(self._batches.replaced)
-            origin = self._identity | ({"teacher": self._digest} if self._digest else {})
+            digests = {"teacher": self._digest, "subspace": subspace.fingerprint(self._state.params)}
+            origin = self._identity | {name: digest for name, digest in digests.items() if digest}
             counts = {"skipped": self._watch.skipped, "replaced": replaced}
             record = checkpoint.Record(self._config, origin, **counts, classes=tuple(self._dataset.classes))
             self._checkpoints.save(self._step, self._state, record)

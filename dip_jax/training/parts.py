@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 
+from dip_jax.models import asym
+
 ONLY = {"internal": ("internal",)}  # by `train.only`; a name that is not here trains everything
 
 
 def is_trained(name: str, only: str) -> bool:
-    """Whether the part of this name (a key of the parameter tree) is."""
-    return name in ONLY.get(only, (name,))
+    """Whether the part of this name (a key of the parameter tree) is; the subspace of `models/asym.py` never."""
+    return name != asym.SUBSPACE and name in ONLY.get(only, (name,))
 
 
 def hold(params: Mapping[str, Any], only: str) -> dict[str, Any]:

@@ -105,6 +105,13 @@ def init_sharded(
     return create(jax.random.key(seed))
 
 
+def with_first_weights(state: TrainState, params: Params, shardings: TrainState) -> TrainState:
+    """The state at step 0 with other weights, in its averages too; `params` may be host arrays."""
+    state = state.replace(params=jax.device_put(params, shardings.params))
+    emas = (jax.device_put(state.weights, place, may_alias=False) for place in shardings.emas)
+    return state.replace(emas=tuple(emas))
+
+
 def _split_over_data(mesh: Mesh | AbstractMesh, placed: NamedSharding, array: jax.ShapeDtypeStruct) -> NamedSharding:
     entries = [*placed.spec, *[None] * (array.ndim - len(placed.spec))]
     split = [(entry,) if isinstance(entry, str) else entry or () for entry in entries]
