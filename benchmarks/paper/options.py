@@ -44,6 +44,7 @@ VARIANTS: dict[str, Options] = {
     "internal guidance": together(INTERNAL, GUIDED),
     "in-context tokens": CONTEXT,
     "frequency-weighted": FREQUENCY,
+    "rank-8 prediction": {"model": {"prediction": "asym"}},
     "internal + tokens": together(INTERNAL, GUIDED, CONTEXT),
     "internal + frequency": together(INTERNAL, GUIDED, FREQUENCY),
     "tokens + frequency": together(CONTEXT, FREQUENCY),
