@@ -1,6 +1,6 @@
 """The notebook: it runs from top to bottom on a checkpoint, and what is committed shows its outputs and stays small.
 
-To refresh the outputs: `DIP_CHECKPOINT=runs/demo jupyter execute --inplace notebooks/dip_colab.ipynb`.
+To refresh the outputs: `jupyter execute --inplace notebooks/dip_colab.ipynb`.
 """
 
 import os
@@ -11,6 +11,7 @@ import nbclient
 import nbformat
 import pytest
 from places import ROOT
+from small_models import randomise
 
 from dip_jax import config
 from dip_jax.checkpoints import checkpoint
@@ -47,11 +48,13 @@ def _without_pictures(cell):
 
 
 @pytest.mark.slow
-def test_it_runs_from_top_to_bottom(notebook, tmp_path):
-    """With a tiny model of every part that the notebook looks at; only sizes and counts differ from the demo's."""
+@pytest.mark.parametrize("placement", ["post_hoc", "intermediate"])
+def test_it_runs_from_top_to_bottom(notebook, tmp_path, placement):
+    """With a tiny model of every part that the notebook looks at; only sizes and counts differ from the released one's."""
     fields = {"size": "tiny", "depth": 1, "width": 16, "num_heads": 1, "patch_size": 8, "image_size": (16, 16)}
-    settings = config.Config(model=config.Model(num_classes=3, head_width=4, dtype="float32", **fields))
-    params = jax.jit(dip.from_config(settings.model).init)(jax.random.key(0))
+    fields |= {"num_classes": 3, "head_width": 4, "dtype": "float32", "placement": placement, "inject_after": 1}
+    settings = config.Config(model=config.Model(**fields), sample=config.Sample(steps=5, guidance=2.0))
+    params = randomise(jax.jit(dip.from_config(settings.model).init)(jax.random.key(0)))
     checkpoint.write_weights(tmp_path / "run", params, config=settings)
     environment = os.environ | {
         "DIP_CHECKPOINT": str(tmp_path / "run"),
@@ -65,5 +68,7 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path):
     client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
     client.execute(env=environment)
     text = "".join(o.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs)
-    assert "head 'unet'" in text and "PSNR" in text
+    assert f"head 'unet', {placement}: 0.0" in text and "'steps': 5, 'guidance': 2.0" in text
+    flat, pixels = (float(value) for value in re.findall(r"PSNR to the sample (\S+) dB", text))
+    assert flat != pixels  # what the head reads from pixels is seen, wherever it sits
     assert re.search(r"samples +N 60 +fid_lite0", text)

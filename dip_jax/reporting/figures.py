@@ -30,16 +30,17 @@ class Labelled:
         return self.images[np.flatnonzero(self.labels == label)[:count]]
 
 
-def class_grid(pictures: Labelled, names: Sequence[str]) -> Image.Image:
+def class_grid(pictures: Labelled, names: Sequence[str], *, heads: Sequence[str] = ()) -> Image.Image:
     """One row per class, in order of first appearance, its name at the left.
 
     Args:
         pictures: what to show.
         names: of all classes; beyond them lies the null class.
+        heads: of the columns, where these mean something.
     """
     shown = list(dict.fromkeys(pictures.labels.tolist()))
     rows = [list(pictures.of(label, len(pictures.labels))) for label in shown]
-    return _table(rows, captions=[lettering.caption(names, label) for label in shown])
+    return _table(rows, captions=[lettering.caption(names, label) for label in shown], heads=heads)
 
 
 def trajectory(frames: Frames, names: Sequence[str]) -> Image.Image:
