@@ -73,7 +73,8 @@ def read_arrays(item: epath.Path, target: Any, *, partial: bool = False) -> Any:
     """Arrays of one item as `target` (a tree of `ShapeDtypeStruct`, on the default device where it names no sharding)."""
     if not item.is_dir():
         there = sorted(child.name for child in item.parent.iterdir() if child.is_dir())
-        instead = ": converted and copied weights are often these alone, load them with weights='ema'" if "ema" in there else ""
+        others = ": released and converted weights are often these alone, load them with weights='ema', draw them without noema"
+        instead = others if "ema" in there else ""
         raise UserError(f"{item.parent} holds no item {item.name!r}, only {', '.join(there)}{instead}")
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or local), target)

@@ -10,6 +10,7 @@ finds forgeries too, as have steps of before XXH3 and of hosts without the packa
 import concurrent.futures
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -30,6 +31,7 @@ MANIFEST = XXH128 if xxhash else SHA256  # what a step gets
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is being written
 COMMIT = "commit_success.txt"  # the marker, by Orbax: of a step and of its items, in some releases and on some storage only
 LATE = (COMMIT, "_CHECKPOINT_METADATA")  # Orbax writes these after the manifest; no restore reads them
+_ITEM = re.compile(r"state|ema(_\d+)?|config")  # the folders of a step that are read
 _CHUNK = 2**20  # small enough to stay in the core's cache between reading and hashing
 
 
@@ -99,10 +101,10 @@ def _hash_of(manifest: str) -> Callable[[], Any]:
 def _counts(name: str, unread: Collection[str]) -> bool:
     """Whether a file's bytes matter: it belongs to an item that will be read, and is no marker.
 
-    What lies beside the items (a model card, a report, what a hub or a copying tool puts there) nothing reads.
+    What lies beside the items (a model card, a report, samples, what a hub or a copying tool puts there) nothing reads.
     """
     item, _, rest = name.partition("/")
-    return bool(rest) and item not in unread and rest != COMMIT
+    return bool(rest and _ITEM.fullmatch(item)) and item not in unread and rest != COMMIT
 
 
 def _digests(path: epath.Path, new: Callable[[], Any], *, unread: Collection[str] = ()) -> dict[str, str]:

@@ -55,6 +55,16 @@ def test_it_loads_as_float32_and_is_stored_as_asked(trained, tmp_path, dtype):
     assert not (path / "state").exists()
 
 
+def test_what_is_drawn_into_it_is_no_damage(trained, tmp_path):
+    path = convert.make_release(trained[0], out=tmp_path / "r", dtype="float32")
+    (path / "sweep" / "drawing").mkdir(parents=True)
+    (path / "sweep" / "drawing" / "000.npz").write_bytes(b"samples")
+    assert manifest.damage(path) is None
+    checkpoint.load(path)
+    (path / "ema" / "more").write_bytes(b"weights")
+    assert manifest.damage(path) == "ema/more is not in the manifest"
+
+
 def test_bfloat16_halves_the_bytes(trained, tmp_path):
     def arrays(path) -> int:
         return sum(file.stat().st_size for file in (pathlib.Path(path) / "ema").glob("ocdbt.process_0/d/*"))
