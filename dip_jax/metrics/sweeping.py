@@ -144,7 +144,7 @@ class Bench:
         if self._loaded is None or self._loaded[0] != weights:
             self._loaded = None
             if fault := manifest.damage(self._step, unread=averages.UNREAD[weights]):
-                raise UserError(f"{self._step} is damaged ({fault}): use another step by --checkpoint")
+                raise UserError(f"{self._step} is damaged ({fault}): use another step of the same workdir")
             self._loaded = (weights, *checkpoint.load(self._step, weights=weights, verify=False))
         return self._loaded[1:]
 

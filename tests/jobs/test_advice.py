@@ -371,7 +371,43 @@ def test_packages_to_install_are_those_of_the_project():
 
 
 HERE = "jobs/test_advice.py"
+
+
 # What is said, by its beginning, and the test that follows it; everything else is followed above.
+@pytest.mark.slow
+def test_a_second_output_for_a_finished_model(world, refused, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    train_it = ["train", f"--config={world / 'tiny.py'}", "--config.repa.weight=0"]
+    done(*train_it, f"--workdir={run}")
+    draw = ["sample", "--num_samples=2", "--internal_guidance=2", f"--out={tmp_path / 'x.png'}"]
+    line = refused(*draw, f"--workdir={run}")
+    flags = re.findall(r"--config\.[a-z.]+=\w+", line)
+    assert len(flags) == 2
+    line = refused(*train_it, *flags, f"--workdir={other}")
+    assert "name it by --init_from" in line
+    done(*train_it, *flags, f"--init_from={run}", f"--workdir={other}")
+    done(*draw, f"--workdir={other}")
+    done(*draw[:2], "--internal_guidance=1", draw[-1], f"--workdir={run}")
+
+
+def test_what_a_second_output_needs():
+    only = config.Train(only="internal")
+    with pytest.raises(UserError, match=r"set model\.internal=True, or train\.only=all and sample\.internal_guidance=1"):
+        config.Config(train=only, repa=config.Repa(weight=0.0))
+    with pytest.raises(UserError, match=r"set repa\.weight=0"):
+        config.Config(model=config.Model(internal=True), train=only, repa=config.Repa(weight=0.5))
+    config.Config(model=config.Model(internal=True), train=only, repa=config.Repa(weight=0.0))
+    config.Config(train=config.Train(only="all"), sample=config.Sample(internal_guidance=1.0))
+
+
+@pytest.mark.slow
+def test_which_run_to_tell_of(world, refused, tmp_path):
+    assert "name that of a run, such as --workdir=runs/demo" in refused("status")
+    assert "name the --workdir that train was given" in refused("status", f"--workdir={tmp_path}")
+    done("train", f"--config={world / 'tiny.py'}", f"--workdir={tmp_path / 'run'}")
+    done("status", f"--workdir={tmp_path / 'run'}")
+
+
 ELSEWHERE = {
     "pip install": HERE,
     "get one that has with pip install Pillow": "data/test_images.py",
@@ -385,6 +421,7 @@ ELSEWHERE = {
     "--exif=rotate turns": "jobs/test_prepare_as_it_is.py",
     "--source=tfds:imagenet2012": "jobs/test_prepare.py",
     "give another data_dir": "jobs/test_prepare.py",
+    "--confirm draws it again": "jobs/test_sweep.py",
     "then {}, and rows of metrics.jsonl by train.log_every": "training/test_pace.py",
 }
 FOLLOWED = (
@@ -417,6 +454,12 @@ FOLLOWED = (
     "set repa.spatial_norm=False",
     "restore that shard, or set data.on_bad_record=replace",
     "the tensors do not tell, --image_size does",
+    "name that of a run, such as --workdir=runs/demo",
+    "name the --workdir that train was given",
+    "name it by --init_from",
+    "leave it at 1, or train that output by train --init_from",
+    "set model.internal=True, or train.only=all",
+    "set repa.weight=0",
 )
 
 
