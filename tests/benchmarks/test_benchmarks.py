@@ -152,6 +152,7 @@ BESIDE = {
     "half_precision": ["pixnerd"],
     "official_sampling": ["checkout"],
     "official_training": ["checkout", "dinov2"],
+    "options_golden": ["deco", "internal-guidance", "pixelrepa", "lakonlab"],
     "parity_dinov2": ["dinov2"],
     "parity_golden": ["dip", "pixnerd", "ddt"],
     "peers": ["pixnerd"],
@@ -167,7 +168,7 @@ def test_every_script_that_takes_a_checkout_is_known():
 @pytest.mark.parametrize("script", BESIDE)
 def test_a_wrong_checkout_is_one_line(script, there, tmp_path):
     """Also without PyTorch, which then is the line; with it by an empty package of that name."""
-    for name in ("torch", "torchvision", "timm", "transformers", "lightning"):
+    for name in ("torch", "torchvision", "timm", "transformers", "lightning", "einops"):
         (tmp_path / "packages" / name).mkdir(parents=True)
         (tmp_path / "packages" / name / "__init__.py").write_text(FAKE_TORCH)
     wrong = tmp_path if there else tmp_path / "nowhere"
@@ -182,6 +183,7 @@ def test_a_wrong_checkout_is_one_line(script, there, tmp_path):
 FAKE_TORCH = """
 import types
 class float32: pass
+class Tensor: pass
 class nn:
     class Module: pass
 def no_grad():

@@ -212,7 +212,7 @@ def test_averaged_and_last_weights_of_a_run_are_written_as_asked(tmp_path):
     average = tensors()
     last = {name: value + 1 for name, value in average.items()}
     (model, ema), (_, params) = read_in(average), read_in(last)
-    trained = state.TrainState(jnp.int32(3), *jax.tree.map(jnp.asarray, (params, {}, ema)))
+    trained = state.TrainState(jnp.int32(3), *jax.tree.map(jnp.asarray, (params, {}, (ema,))))
     run = checkpoint.Checkpoints(tmp_path / "run", config.Checkpoint())
     run.save(3, trained, checkpoint.Record(config.Config(model=model), {}))
     run.close()

@@ -113,7 +113,12 @@ def test_a_bank_of_averages_is_the_recursion_and_leaves_the_run_as_it_was():
 def test_a_non_finite_gradient_changes_nothing_but_the_counter():
     mesh, optimizer, shardings, _ = compiled(ONE, devices=1)
     poisoned = dataclasses.replace(MODEL)
-    object.__setattr__(poisoned, "apply", lambda params, x, t, y: MODEL.apply(params, x, t, y) * jnp.nan)
+
+    def apply_all(*args, **kwargs):
+        said = MODEL.apply_all(*args, **kwargs)
+        return said._replace(prediction=said.prediction * jnp.nan)
+
+    object.__setattr__(poisoned, "apply_all", apply_all)
     run = step.compile_train_step(poisoned, optimizer, shardings, mesh, objective=config.Flow(), optim=OPTIM)
     with jax.set_mesh(mesh):
         before = state.init_sharded(MODEL, optimizer, 0, shardings)
