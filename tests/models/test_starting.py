@@ -103,8 +103,13 @@ def test_a_head_carries_over_where_it_is_the_same(head, placement):
     old = small(head=head, placement=placement)
     new = small(head=head, placement=placement, image_size=(32, 16), patch_size=16)
     params, started, said = begin(old, new)
-    kept = head in ("unet", "coord_mlp") and old.config.head_depth == new.config.head_depth
-    assert jax.tree.map(jnp.shape, started) == jax.tree.map(jnp.shape, jax.eval_shape(new.init, jax.random.key(0)))
+    shapes, needed = (jax.tree.map(jnp.shape, tree) for tree in (params, jax.eval_shape(new.init, jax.random.key(0))))
+    heads = [name for name in ("head", "inject_head") if name in params]
+    fits = bool(heads) and all(shapes[name] == needed[name] for name in heads)
+    kept = fits and old.config.head_depth == new.config.head_depth
+    if head in ("none", "mlp", "attention", "coord_mlp", "unet"):
+        assert fits == (head in ("unet", "coord_mlp"))
+    assert jax.tree.map(jnp.shape, started) == needed
     for name in [name for name in ("head", "inject_head") if name in params]:
         equal = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (started[name], params[name])), strict=False)]
         assert all(equal) == kept
