@@ -90,7 +90,7 @@ def ours(theirs):
         kinds = {"objective": objective, "optim": optim, "alignment": alignment, "frozen": places}
         compiled = step.compile_train_step(network, optimizer, shardings, mesh, **kinds)
         everything = repa.with_projector(params, projector_params(weights["proj"]))
-        start = state.TrainState(np.int32(0), everything, jax.jit(optimizer.init)(everything), params)
+        start = state.TrainState(np.int32(0), everything, jax.jit(optimizer.init)(everything), (params,))
         current, frozen = jax.device_put(start, shardings), jax.device_put(frozen, places)
         batches = [
             {"image": given["image"], "label": given["label"].astype(np.int32)} for given in map(case.inputs, range(STEPS))
