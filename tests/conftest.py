@@ -52,6 +52,19 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
+def toy_features(monkeypatch):
+    """`toy_network` in the place of lite0."""
+    import toy_network
+
+    from dip_jax.metrics import features
+
+    monkeypatch.setitem(features.NETWORKS, "lite0", lambda weights: toy_network.network())
+    features.open_network.cache_clear()
+    yield
+    features.open_network.cache_clear()
+
+
+@pytest.fixture
 def update_goldens(request) -> bool:
     return request.config.getoption("--update-goldens")
 

@@ -23,7 +23,6 @@ from dip_jax.runtime import storage
 
 _ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]*?))?/?(?:@(?P<revision>[^@]+))?")
 _FORM = "hf://OWNER/NAME[/PATH][@REVISION]"
-_ITEMS = ("state", "ema", "ema_*", "config")
 _MANIFESTS = (manifest.SHA256, manifest.XXH128)
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
@@ -66,7 +65,7 @@ def fetch(address: epath.PathLike, *, verify: bool = True, unread: Collection[st
         UserError: if it cannot be had, is no checkpoint of ours, or is not what its manifest says.
     """
     place, hub = parse(address), _import_hub()
-    wanted = [f"{place.inside}{item}/*" for item in _ITEMS if item not in unread]
+    wanted = [f"{place.inside}{item}/*" for item in manifest.ITEMS if item not in unread]
     wanted += [f"{place.inside}{name}" for name in _MANIFESTS]
     ignored = [f"{place.inside}{item}/*" for item in unread]
     with _explained(address, hub):

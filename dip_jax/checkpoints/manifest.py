@@ -8,9 +8,9 @@ finds forgeries too, as have steps of before XXH3 and of hosts without the packa
 """
 
 import concurrent.futures
+import fnmatch
 import hashlib
 import os
-import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -31,7 +31,7 @@ MANIFEST = XXH128 if xxhash else SHA256  # what a step gets
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is being written
 COMMIT = "commit_success.txt"  # the marker, by Orbax: of a step and of its items, in some releases and on some storage only
 LATE = (COMMIT, "_CHECKPOINT_METADATA")  # Orbax writes these after the manifest; no restore reads them
-_ITEM = re.compile(r"state|ema(_\d+)?|config")  # the folders of a step that are read
+ITEMS = ("state", "ema", "ema_[0-9]*", "config")  # the folders of a step that are read, as patterns
 _CHUNK = 2**20  # small enough to stay in the core's cache between reading and hashing
 
 
@@ -104,7 +104,7 @@ def _counts(name: str, unread: Collection[str]) -> bool:
     What lies beside the items (a model card, a report, samples, what a hub or a copying tool puts there) nothing reads.
     """
     item, _, rest = name.partition("/")
-    return bool(rest and _ITEM.fullmatch(item)) and item not in unread and rest != COMMIT
+    return bool(rest) and any(fnmatch.fnmatchcase(item, pattern) for pattern in ITEMS) and item not in unread and rest != COMMIT
 
 
 def _digests(path: epath.Path, new: Callable[[], Any], *, unread: Collection[str] = ()) -> dict[str, str]:

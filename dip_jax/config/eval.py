@@ -10,9 +10,8 @@ class Eval:
     """What a sample set is judged with."""
 
     reference: str = ""  # prepared dataset, folder of pictures, or an .npz of images or of ADM statistics
-    features: str = (
-        "lite0"  # row of metrics/features.py: lite0 | inception; anything but inception carries its name in the metric's name
-    )
+    # Row of metrics/features.py: lite0 | inception; anything but inception carries its name in the metric's name.
+    features: str = "lite0"
     weights: str = ""  # file of the inception weights
     num_samples: int = 500
     batch_size: int = 50  # images per feature-network call

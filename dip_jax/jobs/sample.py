@@ -187,7 +187,7 @@ def _options(flags: absl_flags.FlagValues, base: config.Sample) -> config.Sample
         if (ends := flags[name].value) is not None:
             if len(ends) != 2:
                 raise UserError(f"--{name}={','.join(ends)} must be low,high, such as 0.1,1.0")
-            named[name] = tuple(_number(float, name, text) for text in ends)
+            named[name] = tuple(command_line.number(float, name, text) for text in ends)
     return dataclasses.replace(base, **{key: value for key, value in named.items() if value is not None})
 
 
@@ -215,13 +215,6 @@ def _class_of(text: str, names: Sequence[str]) -> int:
             f"--labels: {text!r} names no class of this model, {names[0]!r} .. {names[-1]!r} (0..{len(names) - 1}){nearest}"
         )
     return found[0]
-
-
-def _number(kind: type, flag: str, text: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise UserError(f"--{flag}: {text!r} is not a number") from error
 
 
 def _describe(settings: Mapping[str, Any]) -> list[str]:

@@ -32,7 +32,7 @@ from dip_jax.metrics.sweep import Point, Row
 from dip_jax.metrics.sweeping import Bench, Task
 from dip_jax.models import dip
 from dip_jax.reporting import console, sweep_picture
-from dip_jax.runtime import distributed, storage
+from dip_jax.runtime import command_line, distributed, storage
 from dip_jax.runtime.lock import Lock
 from dip_jax.runtime.signals import stopping_at_once
 from dip_jax.sampling import protocol, sample_files, trajectories
@@ -75,7 +75,7 @@ def run(flags: absl_flags.FlagValues) -> None:
         raise UserError("--out=DIR is missing: where the tables go")
     if flags.cut and flags.cut <= 1:
         raise UserError(f"--cut={flags.cut} must be above 1, or 0 to cut nothing short")
-    seeds = [_number(int, "confirm_seeds", text) for text in flags.confirm_seeds]
+    seeds = [command_line.number(int, "confirm_seeds", text) for text in flags.confirm_seeds]
     if flags.confirm and (flags.seed in seeds or len(set(seeds)) != len(seeds)):
         raise UserError(
             f"--confirm_seeds={','.join(flags.confirm_seeds)} must differ from each other and from --seed={flags.seed}"
@@ -126,30 +126,23 @@ def _points(flags: absl_flags.FlagValues, run: config.Config) -> list[Point]:
     axes: dict[str, Sequence[Any]] = {name: [getattr(base, name)] for name in (*_LISTS, "interval")}
     for name, kind in _LISTS.items():
         if flags[name].value is not None:
-            axes[name] = [_number(kind, name, text) for text in flags[name].value]
+            axes[name] = [command_line.number(kind, name, text) for text in flags[name].value]
     if flags.interval is not None:
         axes["interval"] = [_interval(text) for text in flags.interval]
     kept_decays = run.optim.ema_decays
     decays = kept_decays
     if flags.ema_decays is not None:
-        decays = [_number(float, "ema_decays", text) for text in flags.ema_decays]
+        decays = [command_line.number(float, "ema_decays", text) for text in flags.ema_decays]
     weights = [(averages.name_of(decay, kept_decays), f"ema {decay:g}") for decay in decays]
     weights += [("raw", "raw")] * flags.raw
     return sweep.grid(weights, base, **axes)
-
-
-def _number(kind: type, flag: str, text: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise UserError(f"--{flag}: {text!r} is not a number") from error
 
 
 def _interval(text: str) -> tuple[float, float]:
     ends = text.replace(",", ":").split(":")
     if len(ends) != 2:
         raise UserError(f"--interval={text} must be low:high, such as 0.1:1")
-    low, high = (_number(float, "interval", end) for end in ends)
+    low, high = (command_line.number(float, "interval", end) for end in ends)
     return low, high
 
 

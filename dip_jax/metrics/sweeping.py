@@ -61,8 +61,8 @@ class Bench:
         self.out, self._judge, self._step, self._guide = out, judge, step, guide
         self.notes: list[str] = []
         self._loaded: tuple[str, Any, Any] | None = None
-        self._classes = checkpoint.read_record(step).config.model.num_classes
-        self._shape = (*checkpoint.read_record(step).config.model.image_size, 3)
+        model = checkpoint.read_record(step).config.model
+        self._classes, self._shape = model.num_classes, (*model.image_size, 3)
 
     @functools.cached_property
     def _known(self) -> dict[str, dict[str, Any]]:

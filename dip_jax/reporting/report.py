@@ -178,7 +178,7 @@ def _spent(history: Sequence[Mapping[str, Any]]) -> str:
     last = next((row for row in reversed(history) if row.get("wall_seconds")), None)
     if last is None:
         return ""
-    names = {"goodput" if part == "steps" else f"lost_{part}": words for part, words in goodput.PARTS.items()}
+    names = {goodput.COLUMNS[part]: words for part, words in goodput.PARTS.items()}
     body = "".join(f"<tr><td>{_text(words)}</td><td>{last.get(name) or 0:.1%}</td></tr>" for name, words in names.items())
     text = f"Of {writers.duration(last['wall_seconds'])} since the first start, at step {last['step']}."
     return _section("Where the time went", text, f'<div class="scroll"><table><tbody>{body}</tbody></table></div>')

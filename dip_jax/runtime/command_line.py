@@ -94,6 +94,18 @@ def refuse(values: flags.FlagValues, *names: str) -> None:
         )
 
 
+def number(kind: type, flag: str, text: str) -> Any:
+    """The text of a flag, or of one of its values, as an int or float.
+
+    Raises:
+        UserError: if it is none.
+    """
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise UserError(f"--{flag}: {text!r} is not a number") from error
+
+
 def help_text(command: str, job: Any, values: flags.FlagValues) -> str:
     """What `COMMAND --help` prints: the job's docstring, its flags with defaults, the config's keys where it takes one."""
     lines = [f"usage: python -m dip_jax {command} [flags]", "", job.__doc__.strip(), "", "flags:"]

@@ -34,6 +34,7 @@ PARTS = {  # what time goes to, and how it is called for a reader
     "again": "steps done again after a restart",
     "stopped": "stopped between two starts",
 }
+COLUMNS = {part: "goodput" if part == "steps" else f"lost_{part}" for part in PARTS}  # of a table, as shares of the wall time
 _FILE = "goodput.json"
 
 
@@ -85,10 +86,9 @@ def divide(starts: Sequence[Start]) -> dict[str, float]:
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:
-    """`divide` as columns of a table: `wall_seconds`, `goodput` and `lost_PART`; the shares add up to 1."""
+    """`divide` as columns of a table: `wall_seconds`, and `COLUMNS`; the shares add up to 1."""
     total = sum(seconds.values())
-    names = {name: "goodput" if name == "steps" else f"lost_{name}" for name in PARTS}
-    return {"wall_seconds": total} | {names[name]: seconds[name] / total if total else 0.0 for name in PARTS}
+    return {"wall_seconds": total} | {COLUMNS[part]: seconds[part] / total if total else 0.0 for part in PARTS}
 
 
 class Ledger:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
+from dip_jax.errors import reason
 from dip_jax.runtime import distributed
 
 REQUEST = "profile"  # a file of this name in the workdir asks for one
@@ -59,8 +60,7 @@ class Profiler:
             self._begin(step) if self._folder is None else self._end(step)
         except Exception as error:  # another profiler is at work, a device has none, the disk is full
             self._folder, self._failed = None, True
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"no profile at step {step} by process {distributed.index()}: {reason}", file=sys.stderr, flush=True)
+            print(f"no profile at step {step} by process {distributed.index()}: {reason(error)}", file=sys.stderr, flush=True)
 
     def close(self, step: int) -> None:
         """Ends a trace under way and keeps what it has."""

@@ -16,9 +16,8 @@ _FILES = re.compile(
 )
 
 
-HUB = (
-    "hf://"  # what addresses on the Hugging Face Hub begin with: whole releases are fetched and given there, nothing is written
-)
+# What addresses on the Hugging Face Hub begin with: whole releases are fetched and given there, nothing is written.
+HUB = "hf://"
 
 
 def is_on_hub(path: epath.PathLike) -> bool:

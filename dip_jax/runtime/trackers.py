@@ -147,8 +147,7 @@ class Tracker:
         try:
             self._backend: Backend | None = TRACKERS[name].open(run, workdir, config)
         except Exception as error:
-            line = reason(error).splitlines()[0]
-            raise UserError(f"train.tracker={name} does not begin ({line}): {TRACKERS[name].way_out}") from error
+            raise UserError(f"train.tracker={name} does not begin ({reason(error)}): {TRACKERS[name].way_out}") from error
         storage.write_text(path, json.dumps(known | {name: {"run": run, "step": self._told}}))
 
     def scalars(self, step: int, values: Mapping[str, float | None], *, table: str) -> None:

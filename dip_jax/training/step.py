@@ -55,9 +55,11 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
     image = sharding.constrain(to_float(batch["image"]), "batch", "height", "width", "channels")
     corrupted = flow.corrupt(key, image, batch["label"], flow=objective, model=model.config)
-    minimised = functools.partial(losses, model=model, objective=objective, alignment=alignment, frozen=frozen)
-    if only != "all":
-        minimised = functools.partial(_only, minimised, only)
+    told = {"model": model, "objective": objective, "alignment": alignment, "frozen": frozen}
+
+    def minimised(params: Params, batch: Any) -> Losses:
+        return losses(trained.hold(params, only), batch, **told)
+
     found, grads = _value_and_grad(minimised, state.params, (corrupted, image), parts=optim.accumulate)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(found["loss"]) & jnp.isfinite(grad_norm)
@@ -87,10 +89,6 @@ def train_step(
 def _follow(ema: Params, params: Params, decay: Float[Array, ""]) -> Params:
     """An average of the weights after an update."""
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
-
-
-def _only(minimised: Callable[..., Losses], only: str, params: Params, batch: Any) -> Losses:
-    return minimised(trained.hold(params, only), batch)
 
 
 def _value_and_grad(minimised: Callable[..., Losses], params: Params, batch: Any, *, parts: int) -> tuple[Losses, Params]:

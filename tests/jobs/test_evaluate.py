@@ -25,13 +25,7 @@ from dip_jax.metrics.judge import Judge
 from dip_jax.models import dip
 from dip_jax.runtime import storage
 
-
-@pytest.fixture(autouse=True)
-def toy(monkeypatch):
-    monkeypatch.setitem(features.NETWORKS, "lite0", lambda weights: network())
-    features.open_network.cache_clear()
-    yield
-    features.open_network.cache_clear()
+pytestmark = pytest.mark.usefixtures("toy_features")
 
 
 def pictures(seed, count, *, size=4, brightness=0):

@@ -32,13 +32,9 @@ SETTINGS = {
 
 
 @pytest.fixture(autouse=True)
-def toy(monkeypatch, tmp_path):
-    monkeypatch.setitem(features.NETWORKS, "lite0", lambda weights: network())
+def place(toy_features, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    features.open_network.cache_clear()
-    yield
-    features.open_network.cache_clear()
 
 
 def pictures(seed, count, *, size=4, warm=0):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from faults import harness
 from PIL import Image
-from toy_network import network
 
 from dip_jax import config
 from dip_jax.__main__ import main
@@ -41,12 +40,7 @@ def workdir(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def toy(monkeypatch):
-    monkeypatch.setitem(features.NETWORKS, "lite0", lambda weights: network())
-    features.open_network.cache_clear()
-    yield
-    features.open_network.cache_clear()
+pytestmark = pytest.mark.usefixtures("toy_features")
 
 
 def command(workdir, out, *more):

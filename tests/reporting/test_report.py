@@ -120,6 +120,14 @@ def test_class_grid_puts_each_class_in_its_row():
     assert (pixels[:, :60] < 100).any()  # the names
 
 
+def test_heads_of_a_class_grid_stand_above_its_columns():
+    shown = pictures(9)
+    plain, headed = (np.asarray(figures.class_grid(shown, NAMES, heads=heads)) for heads in ((), ("left", "middle", "right")))
+    more = len(headed) - len(plain)
+    assert more > 0 and (headed[:more] < 200).any()
+    np.testing.assert_array_equal(headed[2 * more :], plain[more:])  # the images are where they were, further down
+
+
 def test_trajectory_runs_from_noise_to_the_sample():
     way = frames(1)
     pixels = np.asarray(figures.trajectory(way, NAMES))
