@@ -57,6 +57,9 @@ def damage(path: epath.Path, *, unread: Collection[str] = ()) -> str | None:
         return error.strerror or str(error)
     except ValueError:
         return f"{manifest} is unreadable"
+    outside = [name for _, name in listed if name.startswith("/") or ".." in name.split("/")]
+    if outside:
+        return f"{manifest} names {outside[0]}, which lies outside the step"
     for fault, names in (
         ("missing", expected.keys() - actual.keys()),
         ("not in the manifest", actual.keys() - expected.keys()),
