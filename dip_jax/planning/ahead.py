@@ -101,13 +101,19 @@ def compile_ahead(
     if child.returncode == Exit.USER_ERROR:
         raise UserError(child.stderr.strip().splitlines()[-1])
     if child.returncode:
-        last = (child.stderr.strip().splitlines() or ["nothing said"])[-1]
-        raise UserError(f"the compiler of {topology.name} ended with code {child.returncode}: {last:.300}")
+        raise UserError(f"the compiler of {topology.name} ended with code {child.returncode}: {_complaint(child.stderr):.400}")
     values = json.loads(child.stdout.splitlines()[-1])
     found = [hlo.Collective(**one | {name: tuple(one[name]) for name in ("group", "arrays")}) for one in values["collectives"]]
     for name in ("hidden", "seconds"):
         values[name] = tuple(values[name])
     return Compiled(**values | {"collectives": tuple(found)})
+
+
+def _complaint(said: str) -> str:
+    """The line of a compiler's last words that names what is wrong: an exception goes on for many lines."""
+    lines = said.strip().splitlines() or ["nothing said"]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (named or lines)[-1]
 
 
 def lower(config: Config, topology: Topology, job: str) -> tuple[jax.stages.Lowered, dict[str, int]]:
