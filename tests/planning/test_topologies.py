@@ -212,6 +212,6 @@ def test_both_verdicts_are_written_out():
 
 
 def test_of_a_compilers_last_words_the_line_that_names_what_is_wrong():
-    said = "Traceback:\n  File x\njax.errors.JaxRuntimeError: INTERNAL: no tiling for %dot.1\n\tSymbolic\n  <frozen>:198:11 [_run]\n"
-    assert ahead._complaint(said) == "jax.errors.JaxRuntimeError: INTERNAL: no tiling for %dot.1"
+    said = "jax.errors.JaxRuntimeError: INTERNAL: no tiling for %dot.1"
+    assert ahead._complaint(f"Traceback:\n  File x\n{said}\n\tSymbolic tile\n  <frozen>:198:11 [_run]\n") == said
     assert ahead._complaint("\n") == "nothing said" and ahead._complaint("Killed\n") == "Killed"
