@@ -87,6 +87,15 @@ def _describe_machine(flags: absl_flags.FlagValues, config: Config, mesh: Mesh) 
         return
     estimate = [*tables(facts).splitlines(), ""] if flags.job == "train" else []
     print("\n".join([*estimate, *machine.lines(facts["machine"])]))
+    if flags.job == "train":
+        print(f"\n{difference(facts['bytes_per_device']['total'], facts['machine']['bytes_per_device']['needed'])}")
+
+
+def difference(estimate: int, needed: int) -> str:
+    """How far the estimate from shapes is from what the machine's compiler needs, in words."""
+    share, shown = estimate / needed - 1, [f"{size / 2**30:.2f} GiB" for size in (estimate, needed)]
+    side = "above" if share > 0 else "below"
+    return f"the estimate from shapes, {shown[0]}, is {abs(share):.0%} {side} what this compiler needs, {shown[1]}"
 
 
 def fill(mesh: Mesh, *, devices: int) -> Mesh:
@@ -112,8 +121,8 @@ def describe(config: Config, *, mesh: Mesh) -> dict[str, Any]:
     Returns:
         parameters, flops_per_image: by part, with "total" and "head" always there (flops: forward pass; "head" is all heads
             together) and parameters["growth_over_dit_only"], a fraction; head_share: of each, a fraction; bytes_per_device:
-            params, optimizer, ema, gradients, activations (see `cost.activation_bytes_per_image`), teacher where there is one,
-            and "total"; mesh: its axes; batch_per_device; repa: see `_repa`.
+            params, optimizer, ema, gradients, activations, workspace (see `workload.planned_bytes`), teacher where there is
+            one, and "total"; mesh: its axes; batch_per_device; repa: see `_repa`.
 
     Raises:
         UserError: if the model cannot be built, or the mesh divides the batch or the heads into no whole parts.

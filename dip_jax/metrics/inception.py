@@ -231,8 +231,9 @@ def _resize(x: jax.Array) -> jax.Array:
         return x
     rows, columns = (_bilinear(n) for n in x.shape[1:3])
     highest = jax.lax.Precision.HIGHEST
-    x = jnp.einsum("pw,bhwc->bhpc", columns, x, precision=highest)
-    return jnp.einsum("oh,bhpc->bopc", rows, x, precision=highest)
+    # Images first: as in models/dinov2.py.
+    x = jnp.einsum("bhwc,pw->bhpc", x, columns, precision=highest)
+    return jnp.einsum("bhpc,oh->bopc", x, rows, precision=highest)
 
 
 def _bilinear(size: int) -> np.ndarray:

@@ -93,7 +93,12 @@ def features(params: Params, images: RawImages) -> dict[str, jax.Array]:
     """
     size = input_size(*images.shape[1:3])
     x = images.astype(jnp.float32) / 127.5 - 1.0
-    return _network(params, jax.image.resize(x, (x.shape[0], size, size, x.shape[3]), "bilinear", antialias=True))
+    for shape in (
+        (size, x.shape[2]),
+        (size, size),
+    ):  # in two steps: at both at once XLA's GPU compiler ends, see models/dinov2.py
+        x = jax.image.resize(x, (x.shape[0], *shape, x.shape[3]), "bilinear", antialias=True)
+    return _network(params, x)
 
 
 def _network(params: Params, x: jax.Array) -> dict[str, jax.Array]:

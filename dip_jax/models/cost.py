@@ -5,6 +5,8 @@ convolutions only; the U-Net is counted as it runs on many patches at once (`mod
 left out.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -130,16 +132,34 @@ def activation_bytes_per_image(model: Any) -> int:
     """Bytes that the forward pass keeps for the backward pass, per image, under the model's rematerialisation.
 
     Exact for what JAX saves (abstract tracing of two batch sizes; what does not grow with the batch is parameters); what XLA
-    needs while it computes one block comes on top.
+    needs while it computes comes on top: `recomputed_bytes_per_image`.
     """
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    return _saved(model, _MANY + 1) - _saved(model, _MANY)
 
-    def saved(batch: int) -> int:
-        h, w = model.config.image_size
-        x, t = jax.ShapeDtypeStruct((batch, h, w, 3), jnp.float32), jax.ShapeDtypeStruct((batch,), jnp.float32)
-        y = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        residuals = jax.eval_shape(lambda p, *rest: jax.vjp(lambda q: model.apply(q, *rest), p)[1], params, x, t, y)
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 
+def recomputed_bytes_per_image(model: Any) -> dict[str, int]:
+    """Bytes that the backward pass makes again and holds for a while, per image: of the "head", and of one "block"."""
+    head, block = (0, 0)
+    if model.config.head_remat and model.config.head != "none":
+        head = _saved(_changed(model, head_remat=False), _MANY) - _saved(model, _MANY)
+    if model.config.remat != "none":
+        bare = {"head": "none", "placement": "post_hoc", "depth": 1, "inject_after": 1, "internal": False, "context_tokens": 0}
+        one = _changed(model, **bare)
+        block = _saved(_changed(one, remat="none"), _MANY) - _saved(one, _MANY)
+    return {"head": head // _MANY, "block": block // _MANY}
+
+
+def _changed(model: Any, **fields: Any) -> Any:
+    return type(model)(dataclasses.replace(model.config, **fields))
+
+
+@functools.lru_cache(maxsize=8)
+def _saved(model: Any, batch: int) -> int:
+    """Bytes that are kept for the backward pass of so many images, weights among them."""
+    h, w = model.config.image_size
+    x, t = jax.ShapeDtypeStruct((batch, h, w, 3), jnp.float32), jax.ShapeDtypeStruct((batch,), jnp.float32)
+    y = jax.ShapeDtypeStruct((batch,), jnp.int32)
     with target.everywhere():
-        return saved(_MANY + 1) - saved(_MANY)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        residuals = jax.eval_shape(lambda p, *rest: jax.vjp(lambda q: model.apply(q, *rest), p)[1], params, x, t, y)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))

@@ -248,7 +248,7 @@ def _positions(encoder: DinoV2, params: Params, grid: tuple[int, int]) -> jax.Ar
 def _resize(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
     """x [B, H, W, C] by the matrices [h, H] and [w, W], in float32 also where products of float32 are shortened."""
     exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-    # Images first: with the matrix before them XLA's GPU compiler finds no tiling and ends (jax 0.10.2, CUDA 12.9).
+    # Images first: with the matrix before them XLA's GPU compiler, compiling ahead, finds no tiling and ends (jax 0.10.2).
     x = jnp.einsum("bHWc,hH->bhWc", x, rows, **exact)
     return jnp.einsum("bhWc,wW->bhwc", x, columns, **exact)
 

@@ -41,17 +41,36 @@ def planned_bytes(model: dip.DiP, state: TrainState, teacher: Any, *, images: in
 
     Returns:
         params, optimizer, ema (of all averages), gradients, teacher (where there is one), activations (see
-        `cost.activation_bytes_per_image`).
+        `cost.activation_bytes_per_image`), and what the backward pass needs beside them, `_workspace`.
     """
     params = _bytes(state.params)
+    # In the blocks' own type; where each device updates all of its parameters, in float32 then.
+    gradients = max(params // 2 if _halves(model) else params, min(params, _bytes(state.opt_state) // 2))
+    activations = images * cost.activation_bytes_per_image(model)
     return {
         "params": params,
         "optimizer": _bytes(state.opt_state),
         "ema": _bytes(state.emas),
-        "gradients": params,
+        "gradients": gradients,
         **({"teacher": _bytes(teacher)} if teacher else {}),
-        "activations": images * cost.activation_bytes_per_image(model),
+        "activations": activations,
+        "workspace": _workspace(model, params=params, gradients=gradients, images=images),
     }
+
+
+def _workspace(model: dip.DiP, *, params: int, gradients: int, images: int) -> int:
+    """Bytes beside state, gradients and activations at the fuller of two moments; docs/scaling.md has compilers' own words.
+
+    The weights are there a second time in the type that products read. While the head is differentiated, its activations are
+    made again, three quarters of them at a time, but there are no gradients yet; while a block is, its own and their gradients.
+    """
+    again, cast = cost.recomputed_bytes_per_image(model), params // 2 if _halves(model) else 0
+    return cast + max(images * again["head"] * 3 // 4 - gradients, 2 * images * again["block"], 0)
+
+
+def _halves(model: dip.DiP) -> bool:
+    """Whether products read two bytes where the state has four."""
+    return model.config.dtype == "bfloat16"
 
 
 def images_at_a_time(options: config.Config, mesh: Mapping[str, int]) -> int:

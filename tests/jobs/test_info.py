@@ -116,6 +116,47 @@ def test_activations_follow_the_rematerialisation():
     assert sizes[2] >= 4 * n * d * layers  # at least the tokens between blocks
 
 
+def test_workspace_is_what_the_backward_pass_makes_again():
+    kept = cost.recomputed_bytes_per_image(small(depth=4, head="unet"))  # nothing is made again
+    assert kept == {"head": 0, "block": 0}
+    again = cost.recomputed_bytes_per_image(small(depth=4, head="unet", remat="full", head_remat=True))
+    n, d = 2, 32
+    assert again["block"] >= 4 * n * (3 + 8 / 3 * 2) * d  # queries, keys, values and both halves of SwiGLU at the least
+    pixels, width = 16 * 8, 8
+    assert again["head"] >= 4 * pixels * width
+    deeper = cost.recomputed_bytes_per_image(small(depth=6, head="unet", remat="full", head_remat=True))
+    assert deeper == again  # of one block
+
+
+# What the compilers say that a device needs for DiP-XL with REPA, 256 images in all, GiB (benchmarks/topologies.py).
+SAID = [
+    ("256", config.Mesh(data=16), 16.88, 0.1),  # v5e-16
+    ("256", config.Mesh(data=16, zero1=True), 8.69, 0.1),
+    ("512", config.Mesh(data=16), 18.61, 0.1),
+    ("512", config.Mesh(data=16, zero1=True), 12.80, 0.1),
+    ("256", config.Mesh(data=8), 20.45, 0.1),  # v6e-8
+    ("512", config.Mesh(data=8), 26.22, 0.1),
+    ("256", config.Mesh(data=8), 21.61, 0.1),  # h100x8
+    ("512", config.Mesh(data=8), 29.25, 0.1),
+    ("256", config.Mesh(data=32), 18.15, 0.2),  # v5p-64, which copies the state into other tiles to update it
+    ("512", config.Mesh(data=32), 18.64, 0.2),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "mesh", "said", "tolerance"), SAID)
+def test_the_estimate_is_near_what_compilers_said(size, mesh, said, tolerance):
+    estimate = info.describe(load("dip", size), mesh=mesh)["bytes_per_device"]["total"] / 2**30
+    assert estimate == pytest.approx(said, rel=tolerance)
+
+
+def test_the_difference_to_the_compiler_is_told():
+    assert info.difference(9 * 2**30, 10 * 2**30) == (
+        "the estimate from shapes, 9.00 GiB, is 10% below what this compiler needs, 10.00 GiB"
+    )
+    assert "10% above" in info.difference(11 * 2**30, 10 * 2**30)
+
+
 @pytest.mark.slow
 def test_memory_is_divided_by_the_mesh():
     base = load("dip")
