@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.paper import measure, plots, tables
+from benchmarks.paper import measure, plots, seeds, tables
 from benchmarks.paper.scale import Scale, photo_crops_config
 from benchmarks.paper.session import Session
 from dip_jax.checkpoints import directories
@@ -18,7 +18,6 @@ from dip_jax.training import workload
 
 QUALITY, TIMES, VERDICTS = "options.csv", "options_times.csv", "options_verdicts.csv"
 METRICS = ("loss", "fid_lite0")
-LEVEL = 4.303  # of |t| with 2 degrees of freedom: 5 % of differences between three equal pairs are larger
 
 INTERNAL = {"model": {"internal": True}}
 CONTEXT = {"model": {"context_tokens": 4}}  # a quarter of the 16 tokens, as 32 are an eighth of 256
@@ -70,7 +69,7 @@ def run_name(options: Options, *, seed: int) -> str:
 
 def compute(session: Session) -> None:
     """Trains all variants with all seeds, seed by seed; writes the rows of every finished run."""
-    data, scale = session.photo_crops(), session.scale
+    data, scale = session.photo_crops(), dataclasses.replace(session.scale, **session.scale.options)
     session.expect(len(VARIANTS) * len(scale.seeds))
     configs = {name: trained(scale, options, seed=0, data=str(data / "train")) for name, options in VARIANTS.items()}
     seconds = session.once(session.work / "options_step_seconds.json", lambda: measure.step_seconds(configs))
@@ -118,19 +117,8 @@ def verdicts(rows: list[dict]) -> list[dict]:
             spread = statistics.stdev(values) if len(values) > 1 else math.nan
             row = {"variant": variant, "steps": steps, "metric": metric, "seeds": len(values)}
             row |= {"mean": statistics.fmean(values), "spread": spread, "difference": statistics.fmean(differences)}
-            found.append(row | {"verdict": "" if variant == "plain" else judge(differences)})
+            found.append(row | {"verdict": "" if variant == "plain" else seeds.judge(differences)})
     return found
-
-
-def judge(differences: list[float]) -> str:
-    """better, worse, or that nothing can be told apart, by the paired differences to plain (lower is better)."""
-    if len(differences) < 3:
-        return "too few seeds"
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    mean = statistics.fmean(differences)
-    if abs(mean) <= LEVEL * error:
-        return "cannot be told apart"
-    return "better" if mean < 0 else "worse"
 
 
 def plot(out: pathlib.Path) -> None:

@@ -26,10 +26,19 @@ class Session:
         out: where CSV and PNG files go.
         work: where datasets and runs are kept; a run that is finished there is not trained again.
         minutes: training stops, saved, when they are over; the same command goes on.
+        teacher: the user's file of DINOv2, where there is one.
     """
 
-    def __init__(self, scale: Scale, *, out: pathlib.Path, work: pathlib.Path, minutes: float):
-        self.scale, self.out, self.work = scale, out, work
+    def __init__(
+        self,
+        scale: Scale,
+        *,
+        out: pathlib.Path,
+        work: pathlib.Path,
+        minutes: float,
+        teacher: pathlib.Path | None = None,
+    ):
+        self.scale, self.out, self.work, self.teacher = scale, out, work, teacher
         self._started = time.monotonic()
         self._deadline = self._started + 60 * minutes
         self._done, self._total, self._busy = 0, 0, 0.0

@@ -10,8 +10,9 @@ from PIL import Image
 from places import ROOT
 
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import figure3, figure4, figure10, measure, options, scale, session, table2, tables
+from benchmarks.paper import figure3, figure4, figure10, measure, options, repa, scale, seeds, session, table2, tables
 from dip_jax import config
+from dip_jax.checkpoints import teacher
 from dip_jax.errors import Exit, Interrupted, UserError
 
 _FIELDS = {"size": "tiny", "dtype": "float32", "remat": "none", "head_remat": False, "width": 16, "depth": 1, "num_heads": 1}
@@ -92,7 +93,7 @@ def test_a_photograph_is_overfitted_and_nothing_is_done_twice(tiny, tmp_path, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("figure", ["figure3", "table2", "figure10", "figure4"])
+@pytest.mark.parametrize("figure", ["figure3", "table2", "figure10", "figure4", "repa", "options"])
 def test_every_experiment_runs_at_a_tiny_size(figure, tiny, tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.getbasetemp() / "paper"  # the experiments share their runs
     folder.mkdir(exist_ok=True)
@@ -109,9 +110,9 @@ def test_points_of_the_figures_are_the_variants_of_the_paper():
     for panel, line, value, fields in figure10.variants(scale.SCALES["cpu"]):
         made = scale.photo_crops_config(scale.SCALES["cpu"], seed=0, data="", **fields)
         runs[panel, line, value] = (table2.run_name(fields, seed=0), made.model)
-    assert runs["depth", "DiP", 4] == runs["width", "DiP", 8] == runs["patch", "DiP", 16]  # trained once
+    assert runs["depth", "DiP", 4] == runs["width", "DiP", 32] == runs["patch", "DiP", 16]  # trained once
     assert [runs["depth", "DiP", depth][1].head_depth for depth in (1, 2, 3)] == [1, 2, 3]
-    assert [runs["width", "DiP", width][1].head_width for width in (4, 8, 16)] == [4, 8, 16]
+    assert [runs["width", "DiP", width][1].head_width for width in (8, 16, 32)] == [8, 16, 32]
     assert runs["patch", "DiT-only", 32][1].patch_size == 32 and runs["patch", "DiT-only", 32][1].head == "none"
 
 
@@ -121,6 +122,39 @@ def test_all_runs_see_equal_steps_data_and_objective():
         assert {(c.train.steps, c.train.seed, c.data, c.flow, c.optim, c.model.prediction) for c in made} == {
             (size.steps, 3, made[0].data, made[0].flow, made[0].optim, "x")
         }
+
+
+def test_equal_time_is_the_post_hoc_u_nets():
+    assert table2.equal_time({"DiT-only": 0.5, table2.POST_HOC: 2.0, "slow": 300.0}, steps=50) == {
+        "DiT-only": 200,
+        table2.POST_HOC: 50,
+        "slow": 1,
+    }
+
+
+def test_neighbours_are_told_apart_or_not():
+    values = {"third": {0: 9.0, 1: 9.2, 2: 8.9}, "first": {0: 1.0, 1: 1.1, 2: 1.2}, "second": {0: 1.3, 1: 1.0, 2: 1.3}}
+    found = seeds.neighbours(values)
+    assert [row["variant"] for row in found] == ["first", "second", "third"]
+    assert [row["beside the next"] for row in found] == ["cannot be told apart", "better", ""]
+    assert (found[1]["low"], found[1]["high"]) == (1.0, 1.3)
+
+
+def test_alignment_runs_differ_in_the_teachers_term_alone(tmp_path):
+    file = repa.random_teacher(tmp_path / "t.safetensors")
+    written = file.read_bytes()
+    encoder, params = teacher.load_teacher(file)
+    assert encoder == repa.RANDOM and params
+    file.unlink()
+    assert repa.random_teacher(file).read_bytes() == written
+    rows = [
+        {"head": "none", "alignment": way, "seed": seed, "loss": 1.0 + seed - (way == "with") * 0.5, "fid_lite0": 2.0}
+        for seed in (0, 1, 2)
+        for way in repa.WEIGHTS
+    ]
+    found = {row["metric"]: row for row in repa.verdicts(rows)}
+    assert (found["loss"]["difference"], found["loss"]["with"]) == (-0.5, "better")
+    assert found["fid_lite0"]["with"] == "cannot be told apart"
 
 
 def test_likeness_is_psnr_and_a_share_of_the_fine_detail():
@@ -179,7 +213,7 @@ def test_a_run_is_measured_once_and_the_budget_stops_between_runs(tmp_path, monk
     ],
 )
 def test_an_option_is_better_or_worse_only_where_three_seeds_tell_it_apart(differences, said):
-    assert options.judge(differences) == said
+    assert seeds.judge(differences) == said
 
 
 def test_verdicts_compare_with_plain_of_the_same_seed_and_length():
