@@ -13,6 +13,7 @@ Internal guidance (Zhou et al. 2025) comes first, in each half: with v_i of an o
 The interval (Kynkaanniemi et al. 2024) has strict ends. Outside it the unconditional half of the network does not run.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from dip_jax import config
 from dip_jax.errors import UserError
 from dip_jax.typing import Ahead, Images, Labels, Predict, Times
 
+_SOME = 2.0  # stands for every guidance scale but 1
 _NEAR = 1e-6  # the same of float32 times
 _SAME = 1e-12  # float64 times as near as this are one: the grid's own rounding stays under 1e-15
 
@@ -35,6 +37,11 @@ def is_guided(times: np.ndarray, sample: config.Sample) -> np.ndarray:
     """
     low, high = sample.interval
     return (times - low > _SAME) & (high - times > _SAME) & (sample.guidance != 1.0)
+
+
+def without_scale(sample: config.Sample) -> config.Sample:
+    """The same options but for how strong the guidance is: what a compiled trajectory depends on."""
+    return sample if sample.guidance == 1 else dataclasses.replace(sample, guidance=_SOME)
 
 
 def internal(final: Images, early: Images, t: Times, *, sample: config.Sample) -> Images:
@@ -60,7 +67,7 @@ class Guide:
 
     predict: Predict
     labels: Labels
-    scale: float
+    scale: float | jax.Array
     null_label: int
     ahead: Ahead | None
     weaker: Predict | None = None  # autoguidance: the velocity of the guiding model

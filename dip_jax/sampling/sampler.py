@@ -112,10 +112,11 @@ def draw(
     image_shape: tuple[int, ...],
     sample: config.Sample,
     null_label: int,
+    scale: Float[jax.Array, ""] | None = None,
     ahead: Ahead | None = None,
     weaker: Predict | None = None,
 ) -> Images:
-    """Draws one image per label. Pure: jit it with everything but `key`, `indices` and `labels` static.
+    """Draws one image per label. Pure: jit it with everything but `key`, `indices`, `labels` and `scale` static.
 
     Args:
         predict: (x_t, t, y) -> velocity, float32 [B,H,W,C]; twice the batch inside the guidance interval.
@@ -125,6 +126,8 @@ def draw(
         image_shape: (H, W, C).
         sample: solver, steps, guidance.
         null_label: the unconditional class.
+        scale: the guidance scale, float32, where one program is to serve several; by default `sample.guidance`. Which steps
+            are guided is still decided by `sample`: none where `sample.guidance` is 1.
         ahead: makes what the network needs of times and labels, for all steps before the first; `predict` then gets its slice
             for (t, y) as a fourth argument.
         weaker: as `predict`, of a model that guides in the place of the unconditional half (`sampling/guidance.py`).
@@ -134,7 +137,7 @@ def draw(
     """
     table = plan(sample)
     keys, x = _start(key, indices, image_shape)
-    guide = Guide(predict, labels, sample.guidance, null_label, ahead, weaker)
+    guide = Guide(predict, labels, sample.guidance if scale is None else scale, null_label, ahead, weaker)
     x, _ = _integrate(guide, x, keys, table, noisy=sample.solver == "sde", frames=np.array([], np.int32))
     return x
 
@@ -149,6 +152,7 @@ def draw_trajectory(
     sample: config.Sample,
     null_label: int,
     frames: int,
+    scale: Float[jax.Array, ""] | None = None,
     ahead: Ahead | None = None,
     weaker: Predict | None = None,
 ) -> Trajectory:
@@ -157,7 +161,7 @@ def draw_trajectory(
     kept = np.flatnonzero(table.starts)
     kept = kept[np.linspace(0, len(kept) - 1, min(frames, len(kept))).round().astype(int)]
     keys, x = _start(key, indices, image_shape)
-    guide = Guide(predict, labels, sample.guidance, null_label, ahead, weaker)
+    guide = Guide(predict, labels, sample.guidance if scale is None else scale, null_label, ahead, weaker)
     x, (noisy, expected) = _integrate(guide, x, keys, table, noisy=sample.solver == "sde", frames=kept)
     return Trajectory(images=x, times=jnp.asarray(table.time[kept]), noisy=noisy, expected=expected)
 

@@ -1,8 +1,9 @@
 """A model and its weights in, uint8 images out: batches of one compiled trajectory, spread over the devices.
 
-Every batch has the same shape (the last is padded), so there is one compilation; a second call with the same options finds it.
-While a batch is fetched and written the next one runs. Weights are converted to the compute dtype once for all batches, and
-what the network makes of times and labels is made before the first step where it fits (`AHEAD_BYTES`).
+Every batch has the same shape (the last is padded), so there is one compilation; a second call with the same options finds it,
+and so does one with another guidance scale (but for 1, which is none). While a batch is fetched and written the next one runs.
+Weights are converted to the compute dtype once for all batches, and what the network makes of times and labels is made before
+the first step where it fits (`AHEAD_BYTES`).
 """
 
 import dataclasses
@@ -104,14 +105,15 @@ def draw_batches(
     guidance.check_internal(options, model.config)
     size = options.batch_size
     mesh = mesh or sharding.make_mesh(config.Mesh(), jax.local_devices())
-    static, weaker = {"model": model, "options": options}, _guiding(model, guide, mesh)
+    static, weaker = {"model": model, "options": guidance.without_scale(options)}, _guiding(model, guide, mesh)
+    scale = np.float32(options.guidance)
     rows = _rows(min(size, len(labels)), mesh)
     params = _ready(model, params, mesh)
     waiting: list[tuple[int, int, Any]] = []
     for number in range(-(-len(labels) // size)) if only is None else only:
         indices = np.arange(number * size, min((number + 1) * size, len(labels)))
         with jax.set_mesh(mesh):
-            drawn = _draw(params, *_place(seed, indices, labels[indices], rows=rows, mesh=mesh), **static, **weaker)
+            drawn = _draw(params, scale, *_place(seed, indices, labels[indices], rows=rows, mesh=mesh), **static, **weaker)
         waiting.append((number, len(indices), drawn))
         if len(waiting) > 1:
             yield _fetch(*waiting.pop(0))
@@ -134,12 +136,13 @@ def draw_frames(
     labels = check_labels(labels, model)
     guidance.check_internal(options, model.config)
     mesh = mesh or sharding.make_mesh(config.Mesh(), jax.local_devices())
-    static = {"model": model, "options": options, "frames": frames, **_guiding(model, guide, mesh)}
+    static = {"model": model, "options": guidance.without_scale(options), "frames": frames}
+    scale, weaker = np.float32(options.guidance), _guiding(model, guide, mesh)
     params = _ready(model, params, mesh)
     count = len(labels)
     with jax.set_mesh(mesh):
         place = _place(seed, np.arange(count), labels, rows=_rows(count, mesh), mesh=mesh)
-        times, noisy, expected, images = jax.tree.map(np.asarray, _draw_frames(params, *place, **static))
+        times, noisy, expected, images = jax.tree.map(np.asarray, _draw_frames(params, scale, *place, **static, **weaker))
     return Frames(labels=labels, times=times, noisy=noisy[:, :count], expected=expected[:, :count], images=images[:count])
 
 
@@ -153,9 +156,9 @@ def lower_draw(model: dip.DiP, *, options: config.Sample, mesh: jax.sharding.Mes
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(model.cast, whole), places
     )
     numbers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=NamedSharding(mesh, PartitionSpec()))
+    scale, seed = (jax.ShapeDtypeStruct((), kind, sharding=NamedSharding(mesh, PartitionSpec())) for kind in ("f4", "u4"))
     with jax.set_mesh(mesh):
-        return _draw.lower(params, seed, numbers, numbers, model=model, options=options)
+        return _draw.lower(params, scale, seed, numbers, numbers, model=model, options=guidance.without_scale(options))
 
 
 def _ready(model: dip.DiP, params: Params, mesh: jax.sharding.Mesh) -> Params:
@@ -243,18 +246,18 @@ def _velocity(params, model, options):
     return predict
 
 
-def _arguments(params, seed, indices, labels, model, options, weaker, guide):
+def _arguments(params, scale, seed, indices, labels, model, options, weaker, guide):
     """(predict, the arguments that `sampler.draw` and `sampler.draw_trajectory` share)."""
     shared = {"image_shape": (*model.config.image_size, 3), "null_label": model.config.num_classes}
-    shared |= {"sample": options, "ahead": _ahead(model, params, labels, options)}
+    shared |= {"sample": options, "scale": scale, "ahead": _ahead(model, params, labels, options)}
     if guide is not None:
         shared["weaker"] = _velocity(weaker, guide, dataclasses.replace(options, internal_guidance=1.0))
     return _velocity(params, model, options), {"key": jax.random.key(seed), "indices": indices, "labels": labels, **shared}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "options", "guide"))
-def _draw(params, seed, indices, labels, *, model, options, weaker=None, guide=None):
-    predict, arguments = _arguments(params, seed, indices, labels, model, options, weaker, guide)
+def _draw(params, scale, seed, indices, labels, *, model, options, weaker=None, guide=None):
+    predict, arguments = _arguments(params, scale, seed, indices, labels, model, options, weaker, guide)
     x = sampler.draw(predict, **arguments)
     drawn = sampler.to_uint8(x), jnp.isfinite(x).all(axis=(1, 2, 3))
     drawn = jax.lax.with_sharding_constraint(drawn, sharding.spec(("batch",)))
@@ -263,8 +266,8 @@ def _draw(params, seed, indices, labels, *, model, options, weaker=None, guide=N
 
 
 @functools.partial(jax.jit, static_argnames=("model", "options", "frames", "guide"))
-def _draw_frames(params, seed, indices, labels, *, model, options, frames, weaker=None, guide=None):
-    predict, arguments = _arguments(params, seed, indices, labels, model, options, weaker, guide)
+def _draw_frames(params, scale, seed, indices, labels, *, model, options, frames, weaker=None, guide=None):
+    predict, arguments = _arguments(params, scale, seed, indices, labels, model, options, weaker, guide)
     way = sampler.draw_trajectory(predict, **arguments, frames=frames)
     noisy, expected, images = (sampler.to_uint8(x) for x in (way.noisy, way.expected, way.images))
     return jax.lax.with_sharding_constraint((way.times, noisy, expected, images), PartitionSpec())

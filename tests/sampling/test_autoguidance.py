@@ -98,7 +98,7 @@ def test_itself_as_guide_changes_nothing_and_a_weaker_one_does():
 
 def test_off_is_the_program_without_it():
     model = small()
-    arguments = [weights(model, 1), np.uint32(1), jnp.arange(4), jnp.array(LABELS)]
+    arguments = [weights(model, 1), np.float32(2), np.uint32(1), jnp.arange(4), jnp.array(LABELS)]
     lower = trajectories._draw.lower
     with jax.set_mesh(trajectories.sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
         without = lower(*arguments, model=model, options=OPTIONS).as_text()

@@ -66,8 +66,13 @@ def test_a_second_call_compiles_nothing(monkeypatch):
     draw(options=GUIDED, labels=LABELS * 2 + [3])
     first = list(traced)
     assert [shape[0] for shape in first] == [7, 14]  # once outside the interval, once inside; the short batch is padded
-    draw(options=GUIDED, seed=3, labels=LABELS)
-    assert traced == first
+    drawn = draw(options=GUIDED, seed=3, labels=LABELS)
+    stronger = draw(options=dataclasses.replace(GUIDED, guidance=GUIDED.guidance + 1), seed=3, labels=LABELS)
+    assert traced == first and not agree(drawn, stronger)
+    draw(options=dataclasses.replace(GUIDED, guidance=1.0), seed=3, labels=LABELS)
+    assert [shape[0] for shape in traced[len(first) :]] == [7]  # never guided: another program, half the work
+    monkeypatch.undo()
+    trajectories._draw.clear_cache()
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
