@@ -9,18 +9,15 @@ from collections.abc import Iterator
 
 import jax
 
-from dip_jax.checkpoints import averages, checkpoint
+from dip_jax.checkpoints import checkpoint
 from dip_jax.config import Config, to_dict
 from dip_jax.data import order, pipeline
 from dip_jax.errors import Exit, Interrupted
-from dip_jax.models import dip, starting
 from dip_jax.runtime import distributed, profiling, storage, writers
 from dip_jax.runtime.watchdog import Watchdog
-from dip_jax.training import bad_numbers, optim, pace, repa, showing, state, step, subspace, workload
-from dip_jax.typing import Params
+from dip_jax.training import bad_numbers, optim, pace, program, showing, subspace, workload
 
 _PATIENCE = 10.0  # the watchdog waits this many times longer for compiling, saving and sampling
-_NOISE = 1  # stream of the training noise, beside the initial weights
 
 
 class Run:
@@ -34,8 +31,9 @@ class Run:
         self._batches = self._writer = self._progress = None
         self._pending: tuple[int, dict[str, jax.Array], int] | None = None  # step, its metrics, bad records replaced by then
         self._step = self._replaced = 0  # steps done; bad records replaced before this start
-        asked = {"planned": config.train.profile_steps, "every": config.train.log_every, "heard": signals.take_profile}
-        self._profiler = profiling.Profiler(workdir, **asked)
+        self._profiler = profiling.Profiler(
+            workdir, planned=config.train.profile_steps, every=config.train.log_every, heard=signals.take_profile
+        )
 
     def prepare(self, found: checkpoint.Found | None) -> None:
         """Everything up to the first step; cheap checks first."""
@@ -43,27 +41,13 @@ class Run:
         distributed.say(workload.describe_place(self._mesh))
         self._open_data(found, salt=found.record.data["salt"] if found else 0)
         distributed.say(f"data: {len(self._dataset):,} images, {config.model.num_classes} classes, {config.data.path}")
-        self._model = dip.from_config(config.model)
-        self._showing = showing.Show(config, self._model, self._mesh, self._dataset.classes)
         known = found.record.data.get("teacher") if found else None
-        teacher = distributed.on_all(lambda: repa.open_teacher(config.repa, config.model, known=known))
-        self._alignment = teacher.alignment if teacher else None
-        self._digest = teacher.digest if teacher else None
-        distributed.require_same({"repa.encoder SHA-256": self._digest})
-        self._optimizer = optim.make_optimizer(config.optim, total_steps=config.train.steps)
-        self._origin = None if found else self._read_origin()
+        self._program = program.Program(config, self._mesh, teacher=known)
+        self._showing = showing.Show(config, self._program.model, self._mesh, self._dataset.classes)
+        if not found:
+            self._program.read_origin(self._dataset.classes)
         self._watchdog.beat(patience=_PATIENCE)
-        aligned = {"alignment": self._alignment}
-        kept = {"zero1": config.mesh.zero1, "averages": len(config.optim.ema_decays)}
-        self._shardings = state.state_shardings(self._model, self._optimizer, self._mesh, **kept, **aligned)
-        self._frozen, places = repa.place_teacher(teacher, self._mesh)
-        parts = (self._model, self._optimizer, self._shardings, self._mesh)
-        asked = {"objective": config.flow, "optim": config.optim, "only": config.train.only}
-        self._train_step = step.compile_train_step(*parts, **asked, frozen=places, **aligned)
-        planned, on = (config, self._model, self._optimizer, self._shardings), {"mesh": self._mesh}
-        distributed.on_main(lambda: distributed.say(workload.describe_work(*planned, **aligned, **on)))
-        replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
-        self._key = jax.jit(lambda: jax.random.fold_in(jax.random.key(config.train.seed), _NOISE), out_shardings=replicated)()
+        self._program.compile()
         if distributed.is_main():
             storage.write_text(self._workdir / "config.json", json.dumps(to_dict(config), indent=1))
         self._start_from(found)
@@ -77,20 +61,17 @@ class Run:
             order.check_identity({**found.record.data, "salt": salt}, self._identity)
         if self._batches is not None:
             self._batches.close()
-        taken = {"image_size": config.model.image_size, "num_classes": config.model.num_classes}
-        order_of = {"seed": config.train.seed, "salt": salt, "offset": offset, "start_step": found.step if found else 0}
-        self._batches = pipeline.batches(self._dataset, config.data, mesh=self._mesh, **taken, **order_of)
-
-    def _read_origin(self) -> starting.Origin | None:
-        """The weights of `train.init_from`, once they are seen to fit."""
-        origin = checkpoint.read_origin(self._config.train)
-        if origin is not None:
-            said = self._begin(jax.eval_shape(self._model.init, jax.random.key(0)), origin)[1]
-            distributed.say(f"{said}: from {self._config.train.init_from}")
-        return origin
-
-    def _begin(self, params: Params, origin: starting.Origin) -> tuple[Params, str]:
-        return starting.begin(params, origin, model=self._config.model, classes=self._dataset.classes)
+        self._batches = pipeline.batches(
+            self._dataset,
+            config.data,
+            mesh=self._mesh,
+            image_size=config.model.image_size,
+            num_classes=config.model.num_classes,
+            seed=config.train.seed,
+            salt=salt,
+            offset=offset,
+            start_step=found.step if found else 0,
+        )
 
     def _start_from(self, found: checkpoint.Found | None) -> None:
         """Puts the state, the counters and the tables where the checkpoint (or the seed) says."""
@@ -98,23 +79,12 @@ class Run:
         self._watch.skipped = found.record.skipped if found else 0
         self._replaced = found.record.replaced if found else 0
         self._pending = None
-        self._pace = pace.for_run(self._config, self._mesh, self._alignment, start=self._step, ledger=self._ledger)
+        self._pace = pace.for_run(self._config, self._mesh, self._program.alignment, start=self._step, ledger=self._ledger)
         if found:
-            target = state.abstract_state(self._model, self._optimizer, self._shardings, alignment=self._alignment)
-            was, now = found.record.config.optim, self._config.optim
-            target = target.replace(opt_state=optim.renest(target.opt_state, old=now, new=was))
-            dropped = found.record.config.repa.weight and not self._alignment
-            names = averages.carried_over(was.ema_decays, now.ema_decays)
-            restored = self._checkpoints.restore(found, target, partial=bool(dropped), names=names)
-            self._state = restored.replace(opt_state=optim.renest(restored.opt_state, old=was, new=now))
+            self._state = self._program.restored_state(self._checkpoints, found)
             distributed.say(f"going on from step {found.step} of {self._workdir}")
         else:
-            seed, aligned = self._config.train.seed, {"alignment": self._alignment}
-            self._state = state.init_sharded(self._model, self._optimizer, seed, self._shardings, **aligned)
-            first = self._begin(self._state.params, self._origin)[0] if self._origin else self._state.params
-            first = subspace.prepare(first, self._origin, self._config.model, self._dataset, self._workdir)
-            if first is not self._state.params:
-                self._state = state.with_first_weights(self._state, first, self._shardings)
+            self._state = self._program.first_state(self._dataset, self._workdir)
         distributed.on_main(self._open_writers)
 
     def _open_writers(self) -> None:
@@ -138,7 +108,7 @@ class Run:
             with self._pace.waiting(self._devices_idle):
                 batch = next(self._batches)
             with jax.transfer_guard("allow" if jax.config.jax_debug_nans else "disallow"):  # it looks for a NaN op by op
-                self._state, metrics = self._train_step(self._state, batch, self._key, *self._frozen)
+                self._state, metrics = self._program.step(self._state, batch)
             self._step += 1
             self._settle()
             self._pending = (self._step, metrics, self._batches.replaced)
@@ -244,7 +214,7 @@ class Run:
                     code=Exit.NUMERIC_ABORT,
                 )
             replaced = self._count_replaced(self._batches.replaced)
-            digests = {"teacher": self._digest, "subspace": subspace.fingerprint(self._state.params)}
+            digests = {"teacher": self._program.digest, "subspace": subspace.fingerprint(self._state.params)}
             origin = self._identity | {name: digest for name, digest in digests.items() if digest}
             counts = {"skipped": self._watch.skipped, "replaced": replaced}
             record = checkpoint.Record(self._config, origin, **counts, classes=tuple(self._dataset.classes))

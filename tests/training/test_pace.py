@@ -11,7 +11,7 @@ from dip_jax import config
 from dip_jax.jobs import train
 from dip_jax.models import cost, dip
 from dip_jax.runtime import accelerators, sharding, writers
-from dip_jax.training import loop, optim, pace, repa, state, workload
+from dip_jax.training import optim, pace, repa, state, workload
 
 ALIGNED = config.Repa(weight=0.5, layer=1)
 
@@ -106,9 +106,9 @@ def test_planned_bytes_are_those_of_the_arrays(dataset):
 def test_a_run_says_what_it_is_before_compiling_and_how_it_goes(dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(accelerators, "peak_flops", lambda kind: 1e9 if kind == "cpu" else None)
     seen = []
-    init = loop.state.init_sharded
+    init = state.init_sharded
     said = lambda *args, **named: seen.append(capsys.readouterr().err) or init(*args, **named)  # noqa: E731
-    monkeypatch.setattr(loop.state, "init_sharded", said)
+    monkeypatch.setattr(state, "init_sharded", said)
     options = harness.tiny_config(dataset, train__steps=4, checkpoint__every_steps=4, optim__warmup_steps=2)
     train.train(options, workdir=tmp_path / "run")
     lines = seen[0].splitlines()
