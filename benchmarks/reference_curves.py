@@ -3,8 +3,8 @@
     python benchmarks/reference_curves.py [--curves=64,256] [--seeds=0,1,2] [--data=datasets] [--work=runs/reference]
 
 Prepares the two datasets where they are missing. Run it again after an interruption: a run goes on where it stopped, and what
-is finished is read. A row per curve and seed: the loss of each of the first 20 steps, and means over the last tenth of the first
-100, 300, 1,000 and 10,000 steps.
+is finished is read. A row per curve and seed: the loss of each of the first 20 steps, and means over the last tenth of the
+first 100, 300, 1,000 and 10,000 steps.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
 
 
 def summary(found: dict[int, float]) -> dict[str, float | str]:
-    """`step_N`: the loss of step N; `mean_N`: its mean over the last tenth of the first N steps, empty where there are fewer."""
+    """`step_N`: the loss of step N; `mean_N`: its mean over the last tenth of N steps, empty where there are fewer."""
     values: dict[str, float | str] = {f"step_{n}": found[n] for n in range(1, FIRST + 1)}
     for n in MARKS:
         values[f"mean_{n}"] = statistics.fmean(found[k] for k in range(n - n // 10 + 1, n + 1)) if n in found else ""
