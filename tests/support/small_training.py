@@ -47,7 +47,8 @@ def run(
     sizes = mesh or config.Mesh(data=1)
     devices = sharding.make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor])
     with jax.set_mesh(devices):
-        places = state.state_shardings(network, made, devices, zero1=sizes.zero1)
+        averages = len(options.ema_decays)
+        places = state.state_shardings(network, made, devices, zero1=sizes.zero1, averages=averages)
         train_step = step.compile_train_step(
             network, made, places, devices, objective=flow or config.Flow(), optim=options, **step_options
         )
