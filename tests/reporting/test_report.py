@@ -90,6 +90,12 @@ def test_page_is_whole_escaped_and_loads_nothing(tmp_path):
     assert not re.search(r"url\(\s*[\"']?http|@import", text)
 
 
+def test_the_last_rows_numbers_stand_at_the_top(tmp_path):
+    top = write(tmp_path / "report.html").read_text().split("<h2", 1)[0]
+    assert "<b>5.500</b><span>is_lite0</span>" in top and "<b>2.000</b><span>fid_lite0</span>" in top
+    assert "train crops; all rows are below" in top and "31.42" not in top
+
+
 def test_a_run_without_metrics_or_history_still_has_a_page(tmp_path):
     text = write(tmp_path / "report.html", trajectory=None, history=[], metrics=[], notes=[]).read_text()
     assert "Samples" in text and "Training</h2>" not in text and "Metrics</h2>" not in text
