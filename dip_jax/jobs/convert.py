@@ -6,6 +6,7 @@ Examples:
   python -m dip_jax convert --from=ddt --checkpoint=dit_xl.safetensors --image_size=256 --out=runs/dit
   python -m dip_jax convert --to=dip-pytorch --checkpoint=runs/dip --out=dip_xl.pth
   python -m dip_jax convert --to=release --checkpoint=runs/dip --dtype=bfloat16 --out=dip_xl
+  python -m dip_jax convert --to=release --checkpoint=runs/dip --ema_decay=0.9996 --out=dip_xl_9996
   python -m dip_jax convert --to=release --checkpoint=runs/dip --dtype=bfloat16 --out=hf://OWNER/dip_xl
 
 dip: the DiP that its authors published.
@@ -34,12 +35,12 @@ from absl import flags as absl_flags
 from etils import epath
 
 from dip_jax import config
+from dip_jax.checkpoints import averages, directories, hub, release, torch_file, torch_names, torch_writing
 from dip_jax.checkpoints import checkpoint as checkpoints
-from dip_jax.checkpoints import directories, hub, release, torch_file, torch_names, torch_writing
 from dip_jax.checkpoints.torch_tables import NETWORKS
 from dip_jax.data import prepared
 from dip_jax.errors import UserError
-from dip_jax.runtime import distributed, storage
+from dip_jax.runtime import command_line, distributed, storage
 
 # Prefixes that the official training gives to the two copies of the network, by the weights that `load` calls the same.
 _PREFIXES = {"ema": "ema_denoiser.", "raw": "denoiser."}
@@ -76,6 +77,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
         "out", None, "directory to write the checkpoint to; with --to=...-pytorch or safetensors a file", required=True, **own
     )
     absl_flags.DEFINE_enum("weights", "ema", list(_PREFIXES), "averaged or last weights, where there are both", **own)
+    absl_flags.DEFINE_float("ema_decay", None, "with --to: of several averages the one with this decay", **own)
     absl_flags.DEFINE_enum(
         "dtype",
         None,
@@ -91,6 +93,7 @@ def run(flags: absl_flags.FlagValues) -> None:
     source, dtype = flags["from"].value, flags.dtype
     if flags.to is None:
         storage.require_folder_name(flags.out, flag="--out")
+        command_line.refuse(flags, "ema_decay")
         image_size = None if flags.image_size is None else _sides(flags.image_size)
         options = {"weights": flags.weights, "image_size": image_size, "dtype": dtype or "bfloat16"}
         path = convert(source, checkpoint=flags.checkpoint, out=flags.out, **options)
@@ -101,8 +104,10 @@ def run(flags: absl_flags.FlagValues) -> None:
         raise UserError(
             f"{', '.join(misplaced)} cannot stand beside --to={flags.to}, which writes the tensors of a checkpoint as they are"
         )
+    weights = _weights(flags)
+    said = weights if flags.ema_decay is None else f"ema of decay {flags.ema_decay}"
     if flags.to == RELEASE:
-        options = {"weights": flags.weights, "dtype": dtype or "float32"}
+        options = {"weights": weights, "dtype": dtype or "float32"}
         if storage.is_on_hub(flags.out):
             page = give_release(flags.checkpoint, out=flags.out, **options)
             print(
@@ -111,13 +116,20 @@ def run(flags: absl_flags.FlagValues) -> None:
             return
         storage.require_folder_name(flags.out, flag="--out")
         path = make_release(flags.checkpoint, out=flags.out, **options)
-        print(
-            f"{path}: {flags.weights} weights, config and hashes; complete its README.md, which has a TODO where it cannot know"
-        )
+        print(f"{path}: {said} weights, config and hashes; complete its README.md, which has a TODO where it cannot know")
         return
     storage.require_file_name(flags.out, flag="--out", suffix=TARGETS[flags.to][2])
-    path = export(flags.to, checkpoint=flags.checkpoint, out=flags.out, weights=flags.weights)
-    print(f"{path}: {flags.weights} weights as {flags.to}; the config is beside it")
+    path = export(flags.to, checkpoint=flags.checkpoint, out=flags.out, weights=weights)
+    print(f"{path}: {said} weights as {flags.to}; the config is beside it")
+
+
+def _weights(flags: absl_flags.FlagValues) -> str:
+    """The item of the step that is written, as `checkpoint.load` names it."""
+    if flags.ema_decay is None:
+        return flags.weights
+    if flags.weights == "raw":
+        raise UserError("name one of --weights=raw and --ema_decay, not both")
+    return averages.find(flags.checkpoint, flags.ema_decay, report=distributed.say)
 
 
 def make_release(
@@ -128,7 +140,7 @@ def make_release(
     Args:
         checkpoint: a workdir, one of its steps, what `convert` wrote, or a release on a hub.
         out: the folder to make.
-        weights: "ema" or "raw".
+        weights: "ema", "raw", or the item of another average, such as "ema_1".
         dtype: what the weights are stored in, "float32" or "bfloat16".
         address: where it will be loaded from, for the card; the folder's name where it is not given.
 
@@ -252,7 +264,7 @@ def export(target: str, *, checkpoint: epath.PathLike, out: epath.PathLike, weig
         target: row of TARGETS.
         checkpoint: a workdir or one of its steps, as for `load`.
         out: the file to make.
-        weights: "ema" or "raw".
+        weights: "ema", "raw", or the item of another average, such as "ema_1".
 
     Raises:
         UserError: if the network is none of the published ones or another than `target` asks for (naming the options), a file

@@ -11,7 +11,7 @@ from faults import harness
 
 from dip_jax import config
 from dip_jax.__main__ import main
-from dip_jax.checkpoints import averages, checkpoint, manifest, release
+from dip_jax.checkpoints import averages, checkpoint, manifest
 from dip_jax.errors import UserError
 from dip_jax.jobs import train
 from dip_jax.training import config_change
@@ -123,10 +123,17 @@ def test_commands_take_the_decay(workdir, tmp_path, capsys):
     assert "no average of decay 0.7" in said[0] and "not both" in said[1]
 
 
-def test_a_release_hands_out_one_of_them(workdir, tmp_path):
-    step = workdir / "checkpoints" / "4"
-    _, params = checkpoint.load(step, ema=0.5)
-    out = release.write_release(tmp_path / "out", params, checkpoint.read_record(epath.Path(step)), step=4, weights="ema_1")
+def test_a_release_hands_out_one_of_them(workdir, tmp_path, capsys):
+    out = tmp_path / "out"
+    convert = ["convert", f"--checkpoint={workdir}", f"--out={out}"]
+    for wrong, said in (
+        (["--to=release", "--ema_decay=0.7"], "no average of decay 0.7: the run kept 0.9, 0.5"),
+        (["--to=release", "--ema_decay=0.5", "--weights=raw"], "not both"),
+        (["--ema_decay=0.5"], "--ema_decay would not be read"),
+    ):
+        assert main([*convert, *wrong]) == 2 and said in capsys.readouterr().err and not out.exists()
+    assert main([*convert, "--to=release", "--ema_decay=0.5"]) == 0
+    assert "ema of decay 0.5 weights" in capsys.readouterr().out
     assert equal(arrays(out), arrays(workdir, ema=0.5)) and equal(arrays(out, ema=0.5), arrays(workdir, ema=0.5))
     assert "decay 0.5" in (out / "README.md").read_text()
 
