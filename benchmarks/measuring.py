@@ -233,6 +233,7 @@ def save(
         "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), "jax": jax.__version__, **_plugin_versions()},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "libtpu_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
         "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "clock": clock or ("process CPU seconds" if on_cpu() else "wall seconds"),
         "config": dict(config),
@@ -265,7 +266,7 @@ def _cpu_name() -> str:
 
 
 def _plugin_versions() -> dict[str, str]:
-    names = ("jaxlib", "flax", "jax-cuda12-plugin", "nvidia-cudnn-cu12", "torch")
+    names = ("jaxlib", "flax", "jax-cuda12-plugin", "nvidia-cudnn-cu12", "libtpu", "torch")
     return {name: metadata.version(name) for name in names if any(True for _ in metadata.distributions(name=name))}
 
 

@@ -1,5 +1,6 @@
 """What the benchmarks share: variants are read as they are meant, times are fair, fits find the exponent."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -96,16 +97,32 @@ def test_a_run_of_changed_or_untracked_code_says_so(tmp_path, monkeypatch, statu
     assert json.loads(path.read_text())["revision"] == "0" * 40 + ("+changes" if status else "")
 
 
-def test_what_gpu_sh_offers_is_what_it_runs():
-    text = (BENCHMARKS / "gpu.sh").read_text()
-    usage = re.search(r"gpu.sh ([a-z|]+) \[", text)[1].split("|")
+@pytest.mark.parametrize("name", ["gpu.sh", "tpu.sh"])
+def test_what_the_script_of_a_device_offers_is_what_it_runs(name):
+    text = (BENCHMARKS / name).read_text()
+    usage = re.search(rf"{name} ([a-z|]+) \[", text)[1].split("|")
     shown = re.findall(r"^#   ([a-z]+)  ", text, re.MULTILINE)
     runs = dict(re.findall(r"^  ([a-z]+)\) exec \S+ (\S+)", text, re.MULTILINE))
     said = re.search(r"it is one of ([a-z, ]+)", text)[1].split(", ")
     assert usage == shown == list(runs) == said
     assert all((BENCHMARKS.parent / script).is_file() for script in runs.values())
-    done = subprocess.run(["bash", BENCHMARKS / "gpu.sh", "--help"], check=True, stdout=subprocess.PIPE, text=True)
-    assert all(f"  {name} " in done.stdout for name in usage)
+    done = subprocess.run(["bash", BENCHMARKS / name, "--help"], check=True, stdout=subprocess.PIPE, text=True)
+    assert all(f"  {what} " in done.stdout for what in usage)
+    assert "set -euo" not in done.stdout
+
+
+@pytest.mark.parametrize("name", ["gpu.sh", "tpu.sh"])
+def test_the_script_of_a_device_starts_its_benchmarks_with_flags_that_they_have(name):
+    for what in re.findall(r"^  ([a-z]+)\) exec", (BENCHMARKS / name).read_text(), re.MULTILINE):
+        command, environment = ["bash", BENCHMARKS / name, what, "--rounds=1"], os.environ | {"PYTHON": "echo"}
+        asked = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+        script, *flags = asked.split()
+        source = (BENCHMARKS.parent / script).read_text()
+        known = {name for name in re.findall(r"--\w+", asked) if name in source or f'"{name[2:]}"' in source}
+        assert known == set(re.findall(r"--\w+", asked)) and flags[-1] == "--rounds=1"
+        for settings in measuring.variants(asked.partition("--variants=")[2].split(" ")[0]).values():
+            fields = {field.name for section in (config.Model, config.Sample) for field in dataclasses.fields(section)}
+            assert set(settings) <= fields | {"batch"}
 
 
 @pytest.mark.slow
