@@ -100,12 +100,12 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _reader(head: bytes) -> Callable[[io.BufferedIOBase], dict[str, np.ndarray]] | None:
+    if head[8:9] == b"{":  # first: its first eight bytes are a length, which may begin like either of the others
+        return _read_safetensors
     if head.startswith(b"PK"):
         return _read_zip
     if head.startswith(b"\x80"):
         return _read_legacy
-    if head[8:9] == b"{":
-        return _read_safetensors
     return None
 
 

@@ -307,6 +307,17 @@ def test_safetensors(tmp_path):
         np.testing.assert_array_equal(got[name], array)
 
 
+@pytest.mark.parametrize("length", [0x480, 0x4B50])
+def test_a_safetensors_header_may_be_as_long_as_another_formats_first_bytes(tmp_path, length):
+    """Its file begins with this number, little end first: 80 as a pickle does, 50 4B as a zip."""
+    arrays, path = {"a": np.arange(6, dtype=np.float32)}, tmp_path / "w.safetensors"
+    write_safetensors(path, arrays)
+    written = path.read_bytes()
+    size = int.from_bytes(written[:8], "little")
+    path.write_bytes(length.to_bytes(8, "little") + written[8 : 8 + size].ljust(length) + written[8 + size :])
+    np.testing.assert_array_equal(read_tensors(path)["a"], arrays["a"])
+
+
 def test_truncated_safetensors(tmp_path):
     path = tmp_path / "w.safetensors"
     write_safetensors(path, {"a": np.arange(6, dtype=np.float32)})
