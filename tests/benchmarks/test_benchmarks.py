@@ -20,6 +20,7 @@ from dip_jax.errors import UserError
 
 sys.path.append(str(ROOT / "benchmarks"))
 
+import estimates
 import heads_cost
 import measuring
 import sample_levers
@@ -67,6 +68,44 @@ def test_a_build_knows_its_flops_and_comes_from_the_cache(tmp_path):
     assert built.xla_flops == 2 * 32**3
     assert built.cold > 0 and built.warm > 0
     assert jax.config.jax_compilation_cache_dir == before
+
+
+PROGRAM = re.sub(
+    r"COST (\d+)",
+    r'backend_config={"estimated_cycles":"\1"}',
+    """HloModule step
+
+%dear (p.1: f32[4]) -> f32[4] {
+  %p.1 = f32[4]{0} parameter(0)
+  ROOT %add.1 = f32[4]{0} add(%p.1, %p.1), metadata={op_name="jit(step)/cond/add"}, COST 30
+}
+
+%cheap (p.2: f32[4]) -> f32[4] {
+  %p.2 = f32[4]{0} parameter(0)
+  ROOT %copy.2 = f32[4]{0} copy(%p.2), metadata={op_name="jit(step)/cond/copy"}, COST 7
+}
+
+%fused_copy (p.3: f32[4]) -> f32[4] {
+  %p.3 = f32[4]{0} parameter(0)
+  ROOT %negate.3 = f32[4]{0} negate(%p.3)
+}
+
+ENTRY %main (p: f32[4], i: s32[]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %copy.3 = f32[4]{0} copy(%p), COST 5
+  %copy_fusion.1 = f32[4]{0} fusion(%copy.3), kind=kLoop, calls=%fused_copy, metadata={op_name="jit(step)/head/mul"}, COST 2
+  ROOT %conditional = f32[4]{0} conditional(%i, %p, %p), branch_computations={%cheap, %dear}, COST 37
+}
+""",
+)
+
+
+def test_an_estimate_counts_the_dearest_branch_and_names_what_only_moves():
+    assert [spent for spent, _, _ in estimates.costs(PROGRAM)] == [30, 5, 2]
+    assert estimates.rest(PROGRAM) == {"update": 30, "else": 5}
+    assert estimates.moves(PROGRAM) == 7
+    assert estimates.launches(PROGRAM) == {"copy": 2, "copy_fusion": 1, "conditional": 1, "add": 1}
 
 
 def test_fit_finds_the_exponent():

@@ -1,0 +1,168 @@
+"""What XLA's compilers for TPUs and GPUs make of a program, on any machine: estimated time by part, and what is not arithmetic.
+
+    python benchmarks/estimates.py --machine=v5p-8 --batch=128                       the training step, 32 images per chip
+    python benchmarks/estimates.py --machine=v6e-1 --job=sample --batch=64           one trajectory
+    python benchmarks/estimates.py --machine=h100x8 --batch=256 --variants="few:depth=2"
+    python benchmarks/estimates.py --machine=v5p-8 --trust                           two known programs beside the chip's peaks
+    python benchmarks/estimates.py --machine=v5p-8 --read=FILE                       a program that --keep wrote
+
+Needs the wheel of that compiler (docs/scaling.md). A variant is name:key=value,... of fields of `config.Model`. TPU: the
+compiler's own count of cycles for one core, at the clock of `dip_jax/planning/topologies.py`, without waiting for memory or
+network: it ranks variants and finds waste, and is no measurement. GPU: there is no estimate, so launches are counted by kind.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import measuring
+
+from dip_jax import config
+from dip_jax.planning import ahead, cycles, hlo, topologies
+from dip_jax.runtime.accelerators import ACCELERATORS
+
+# Part of what is neither head, blocks nor embeddings -> what the names of its operations contain; the first that fits.
+REST = {
+    "noise": r"random|normal|threefry|erf_inv|uniform|shuffle",
+    "update": r"/cond/",
+    "norm": r"/(reduce_sum|square|sqrt|norm)\b",
+    "conversions": r"convert_element_type",
+}
+MOVES = ("copy", "copy-start", "transpose", "bitcast-convert", "slice", "dynamic-slice", "reshape")
+CONTROL = ("while", "conditional", "call")
+SIDE, LONG = 8192, 2**29  # the known programs: a product of square matrices, numbers copied; bfloat16
+
+
+def costs(text: str) -> Iterator[tuple[int, int, hlo.Instruction]]:
+    """Each operation of a TPU's program that has an estimate: cycles of all its runs, how many these are, the operation.
+
+    Of a conditional only the dearest branch runs.
+    """
+    entry, found = hlo.computations(text)
+
+    def estimate(one: hlo.Instruction) -> int:
+        stated = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
+        return int(stated.group(1)) if stated and one.opcode not in CONTROL else 0
+
+    for one in [one for body in found.values() for one in body if one.opcode == "conditional"]:
+        branches = sorted((name for name, _ in hlo.called_by(one, found)), key=lambda name: sum(map(estimate, found[name])))
+        found |= {name: [] for name in branches[:-1]}
+    runs = hlo.count_runs(entry, found)
+    for name, instructions in found.items():
+        for one in instructions:
+            if runs[name] and estimate(one):
+                yield estimate(one) * runs[name], runs[name], one
+
+
+def rest(text: str) -> Counter[str]:
+    """Cycles of what `cycles.by_part` calls the update and the rest, by `REST`; "else" is what no row fits."""
+    found: Counter[str] = Counter()
+    for spent, _, one in costs(text):
+        source = hlo.source_of(one)
+        if not any(re.search(pattern, source) for pattern in cycles.PARTS.values()):
+            found[next((part for part, pattern in REST.items() if re.search(pattern, source)), "else")] += spent
+    return found
+
+
+def moves(text: str) -> int:
+    """Cycles of operations, or of fusions named after them, that only move numbers."""
+    return sum(
+        spent
+        for spent, _, one in costs(text)
+        if one.opcode in MOVES or (one.opcode == "fusion" and re.match(r"(copy|transpose|slice|bitcast)[\w.]*fusion", one.name))
+    )
+
+
+def launches(text: str) -> Counter[str]:
+    """What a GPU's program starts per run, by kind; operations inside of fusions are not counted."""
+    entry, found = hlo.computations(text)
+    runs, counted = hlo.count_runs(entry, found), Counter()
+    called = {name for body in found.values() for one in body for name in re.findall(r"calls=%([\w.\-]+)", one.rest)}
+    for name, instructions in found.items():
+        if runs[name] and not (name in called and name.startswith(("fused", "wrapped", "gemm"))):
+            for one in instructions:
+                kind = re.search(r'custom_call_target="([^"]+)"', one.rest)
+                label = kind.group(1) if kind else re.sub(r"[._\d]+$", "", one.name) if one.opcode == "fusion" else one.opcode
+                counted[label] += runs[name]
+    for free in ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while"):
+        counted.pop(free, None)
+    return counted
+
+
+def describe(text: str, topology: topologies.Topology, rows: int) -> dict:
+    """Prints and returns what one program says."""
+    if not topology.is_tpu:
+        counted = launches(text)
+        print(measuring.table(("runs", "kind"), [[n, kind] for kind, n in counted.most_common(rows)]))
+        return {"launches": dict(counted)}
+    spent, scale = cycles.by_part(text), 1e3 / topology.clock
+    parts = {part: n * scale for part, n in spent.items()}
+    inside = {f"of the rest: {part}": n * scale for part, n in rest(text).most_common()}
+    total, moved = sum(parts.values()), moves(text) * scale
+    shown = {"total": total, **parts, **inside, "of all: moves alone": moved}
+    print(measuring.table(("ms", "share", "part"), [[n, n / total, part] for part, n in shown.items()]))
+    dearest = sorted(costs(text), key=lambda row: -row[0])[:rows]
+    lines = [[n * scale, runs, one.name[:40], one.result[:60], hlo.source_of(one)[-80:]] for n, runs, one in dearest]
+    print(measuring.table(("ms", "runs", "operation", "result", "of the model"), lines))
+    return {"milliseconds": shown, "cycles": spent, "clock": topology.clock}
+
+
+def trust(topology: topologies.Topology) -> list[dict]:
+    """A large product and a copy on one chip: the estimate's rate beside the chip's peak."""
+    os.environ.update(topologies.environment(topology))  # before the compiler is loaded
+    place = jax.sharding.SingleDeviceSharding(topologies.describe_devices(topology)[0])
+    square, long = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in ((SIDE, SIDE), (LONG // 1024, 1024)))
+    peak = ACCELERATORS[topology.generation]
+    work = {
+        "product": (jnp.matmul, (square, square), 2 * SIDE**3, peak.flops),
+        "copy": (jnp.negative, (long,), 2 * 2 * LONG, peak.memory_rate),
+    }
+    found = []
+    for what, (function, operands, amount, rate) in work.items():
+        text = jax.jit(function).lower(*operands).compile().as_text()
+        seconds = sum(spent for spent, _, _ in costs(text)) / topology.clock
+        found.append({"program": what, "seconds": seconds, "rate": amount / seconds, "of_peak": amount / seconds / rate})
+    print(measuring.table(tuple(found[0]), [list(row.values()) for row in found]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", type=topologies.parse, required=True, help="as `info --topology`")
+    parser.add_argument("--job", choices=ahead.JOBS, default="train")
+    parser.add_argument("--batch", type=int, default=128, help="images of all chips together; of one host, for sampling")
+    parser.add_argument("--variants", default="base")
+    parser.add_argument("--rows", type=int, default=20, help="operations shown, the dearest first")
+    parser.add_argument("--keep", help="file for the program of the last variant")
+    parser.add_argument("--read", type=pathlib.Path, help="a kept program instead of compiling one")
+    parser.add_argument("--trust", action="store_true")
+    parser.add_argument("--out", type=pathlib.Path)
+    options = parser.parse_args()
+    if options.trust:
+        trust(options.machine)
+        return
+    if options.read:
+        describe(options.read.read_text(), options.machine, options.rows)
+        return
+    found = []
+    for name, settings in measuring.variants(options.variants).items():
+        model = measuring.with_settings(config.Model(), settings)
+        asked = config.Config(
+            model=model, data=config.Data(batch_size=options.batch), sample=config.Sample(batch_size=options.batch)
+        )
+        kept = options.keep or str(pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"program_{os.getpid()}.txt")
+        done = ahead.compile_ahead(asked, topology=options.machine, job=options.job, keep_text=kept)
+        print(f"{name}: mesh {done.mesh}, {done.total_bytes / 2**30:.2f} GiB per device, compiled in {done.seconds[1]:.0f} s")
+        said = describe(pathlib.Path(kept).read_text(), options.machine, options.rows)
+        found.append({"variant": name, "bytes": done.total_bytes, **said})
+    if options.out:
+        measuring.save("estimates", measuring.asked(options), found, out=options.out, clock="estimated cycles")
+
+
+if __name__ == "__main__":
+    main()
