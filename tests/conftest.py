@@ -27,6 +27,7 @@ flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags
 
 install_import_hook("dip_jax", "beartype.beartype")
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "support"))
+pytest.register_assert_rewrite("aot_programs")  # its checks say what they saw
 
 
 def pytest_addoption(parser):

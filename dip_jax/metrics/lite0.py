@@ -93,10 +93,8 @@ def features(params: Params, images: RawImages) -> dict[str, jax.Array]:
     """
     size = input_size(*images.shape[1:3])
     x = images.astype(jnp.float32) / 127.5 - 1.0
-    for shape in (
-        (size, x.shape[2]),
-        (size, size),
-    ):  # in two steps: at both at once XLA's GPU compiler ends, see models/dinov2.py
+    # In two steps: at both sides at once XLA's GPU compiler ends, see models/dinov2.py.
+    for shape in ((size, x.shape[2]), (size, size)):
         x = jax.image.resize(x, (x.shape[0], *shape, x.shape[3]), "bilinear", antialias=True)
     return _network(params, x)
 
