@@ -107,10 +107,12 @@ def find_dataset(path: str | os.PathLike, *, source: str = "folder") -> pathlib.
     for candidate in (folder, folder / "train") if folder else ():
         if (candidate / DATASET_FILE).is_file():
             return candidate
-    origin = {"photo_crops": "--source=photo_crops"}.get(source, f"--source={source} --from=DIR --image_size=N")
+    raw = folder is not None and folder.is_dir() and any(folder.iterdir())  # images as they were found, most likely
+    place, out = (folder, "DATASET_DIR") if raw else ("DIR", os.fspath(path) or "DATASET_DIR")
+    origin = {"photo_crops": "--source=photo_crops"}.get(source, f"--source={source} --from={place} --image_size=N")
     raise UserError(
         f"no dataset at {os.fspath(path) or '(data.path is empty)'}: prepare one with "
-        f"`python -m dip_jax prepare {origin} --out={os.fspath(path) or 'DATASET_DIR'}`"
+        f"`python -m dip_jax prepare {origin} --out={out}`"
     )
 
 

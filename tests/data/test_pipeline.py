@@ -54,6 +54,9 @@ def test_no_dataset_says_how_to_make_one(tmp_path):
         prepared.open_dataset(tmp_path / "nothing", source="photo_crops")
     with pytest.raises(UserError, match=r"prepare --source=folder --from=DIR --image_size=N --out="):
         prepared.open_dataset("")
+    (tmp_path / "photographs" / "cats").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no dataset at (.*photographs): .* --from=\1 --image_size=N --out=DATASET_DIR"):
+        prepared.open_dataset(tmp_path / "photographs")  # never onto itself
     with pytest.raises(UserError, match="mount the bucket"):
         prepared.open_dataset("gs://bucket/data")
 
