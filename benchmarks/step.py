@@ -3,17 +3,20 @@
     python benchmarks/step.py                                     a step of DiP-tiny on two CPU cores
     python benchmarks/step.py --variants="scan:scan_layers=True;unroll:scan_layers=False,remat=none"
     python benchmarks/step.py --loop=datasets/photo_crops         its loop beside the bare step, chunk by chunk
+    python benchmarks/step.py --size=B --batch=8 --rounds=7 --variants="base;two:internal=True;bank:ema_decays=0.9999/0.9996"
     python benchmarks/step.py --gpu --rounds=10                   DiP-XL/16, 256 px, bfloat16: one call on a GPU
 
-A variant is name:key=value,... of fields of `config.Model`, and batch. All run in turn. TFLOP/s are three forward passes by
-formula (`cost`), without what rematerialisation does again; XLA's own count of the step, a scanned block counted once, is
-printed beside it. On an accelerator the most memory held is that of the process so far, so the first variant's alone is exact.
+A variant is name:key=value,... of fields of `config.Model`, `config.Flow` and `config.Optim`, and batch. All run in turn.
+TFLOP/s are three forward passes by formula (`cost`), without what rematerialisation does again; XLA's own count of the step, a
+scanned block counted once, is printed beside it. On an accelerator the most memory held is that of the process so far, so the
+first variant's alone is exact.
 """
 
 import argparse
 import pathlib
 import sys
 import time
+from collections.abc import Mapping
 
 import jax
 import measuring
@@ -38,11 +41,12 @@ OPTIM = config.Optim(grad_clip=1.0)
 class Case:
     """One variant: its compiled step and the state that goes through it."""
 
-    def __init__(self, model: dip.DiP, batch: int):
+    def __init__(self, model: dip.DiP, batch: int, settings: Mapping[str, str]):
+        objective, optim = (measuring.with_settings(section, settings) for section in (config.Flow(), OPTIM))
         mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
-        optimizer = make_optimizer(OPTIM, total_steps=1000)
-        placed = state.state_shardings(model, optimizer, mesh)
-        run = step.compile_train_step(model, optimizer, placed, mesh, objective=config.Flow(), optim=OPTIM)
+        optimizer = make_optimizer(optim, total_steps=1000)
+        placed = state.state_shardings(model, optimizer, mesh, averages=len(optim.ema_decays))
+        run = step.compile_train_step(model, optimizer, placed, mesh, objective=objective, optim=optim)
         rng = np.random.default_rng(0)
         image = rng.integers(0, 256, (batch, *model.config.image_size, 3), dtype=np.uint8)
         self.model, self.mesh, self._optimizer, self._placed = model, mesh, optimizer, placed
@@ -71,7 +75,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
     for name, settings in measuring.within(options.minutes, measuring.variants(options.variants)):
         fields = {} if options.gpu else DEMO
         model = measuring.make_model(options.size, options.image_size, settings, **fields)
-        cases[name] = case = Case(model, int(settings.get("batch", options.batch)))
+        cases[name] = case = Case(model, int(settings.get("batch", options.batch)), settings)
         jax.block_until_ready(case())
         rows.append({"variant": name, "settings": settings, "peak_bytes": measuring.peak_bytes()})
         print(f"compiled {name} in {case.built.cold:.0f} s, {case.built.warm:.0f} s cached", file=sys.stderr, flush=True)
@@ -104,8 +108,9 @@ def turns(cases: dict[str, Case], options: argparse.Namespace) -> dict[str, dict
 def loop(options: argparse.Namespace) -> list[dict]:
     """Chunks of steps in turn: on one batch over and over; as the loop does it, with real batches and metrics one step late."""
     settings = measuring.variants(options.variants.split(";")[0])
-    model = measuring.make_model(options.size, options.image_size, next(iter(settings.values())), **DEMO)
-    case, pending = Case(model, options.batch), None
+    settings = next(iter(settings.values()))
+    model = measuring.make_model(options.size, options.image_size, settings, **DEMO)
+    case, pending = Case(model, options.batch, settings), None
     data = config.Data(path=options.loop, batch_size=options.batch, num_threads=2)
     batches = pipeline.batches(
         prepared.open_dataset(options.loop),

@@ -33,7 +33,8 @@ PHOTOGRAPHS = {
     "china": ("sklearn", "datasets/images/china.jpg"),
     "flower": ("sklearn", "datasets/images/flower.jpg"),
 }
-SPLITS = {"train": (0, 20_000), "validation": (1, 2_000)}  # seed, number of crops
+SPLITS = {"train": (0, 20_000), "validation": (1, 2_000)}  # seed, number of crops up to 128x128
+_FULL_SIDE = 128  # TFDS shuffles 1 GiB in memory and more than that with TensorFlow: the largest side of 20,000 raw crops
 SMALLEST_SIDE = 0.8  # of the photograph's short side: near enough to the whole to be recognised
 
 
@@ -77,6 +78,12 @@ def _halvings(image: Image.Image, image_size: int) -> list[Image.Image]:
     return levels
 
 
+def count_crops(split: str, *, image_size: int) -> int:
+    """Crops of a split: as in `SPLITS` up to 128x128, above it fewer, as many pixels in all (a quarter at 256x256)."""
+    whole = SPLITS[split][1]
+    return whole if image_size <= _FULL_SIDE else max(1, round(whole * (_FULL_SIDE / image_size) ** 2) // 10) * 10
+
+
 class CropsConfig(tfds.core.BuilderConfig):
     """A size of crops; its name is the number."""
 
@@ -86,7 +93,8 @@ class CropsConfig(tfds.core.BuilderConfig):
 
 
 class PhotoCrops(tfds.core.GeneratorBasedBuilder):
-    """The crops as {"image": PNG, "label": class}; 20,000 train and 2,000 validation examples, the classes balanced."""
+    """The crops as {"image": PNG, "label": class}; 20,000 train and 2,000 validation examples (above 128x128 fewer, see
+    `count_crops`), the classes balanced."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -105,7 +113,9 @@ class PhotoCrops(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(split, seed, count) for split, (seed, count) in SPLITS.items()}
+        size = self.builder_config.image_size
+        counts = {split: count_crops(split, image_size=size) for split in SPLITS}
+        return {split: self._generate_examples(split, seed, counts[split]) for split, (seed, _) in SPLITS.items()}
 
     def _generate_examples(self, split: str, seed: int, count: int) -> Iterator[tuple[int, dict]]:
         cropper = Cropper(self.builder_config.image_size)

@@ -54,3 +54,10 @@ def test_the_builder_writes_array_record_without_tensorflow(tmp_path, monkeypatc
     assert np.bincount(labels).tolist() == [3] * 10
     assert source[0]["image"].shape == (32, 32, 3)
     assert list(tmp_path.rglob("*.array_record*")) and not list(tmp_path.rglob("*.tfrecord*"))
+
+
+def test_large_crops_are_fewer_so_that_tfds_shuffles_them_in_memory():
+    counts = {size: photo_crops.count_crops("train", image_size=size) for size in (16, 64, 128, 160, 256, 512, 4096)}
+    assert counts[16] == counts[64] == counts[128] == 20_000 and counts[256] == 5_000 and counts[4096] == 20
+    assert all(count % 10 == 0 and count * 3 * size**2 < 2**30 for size, count in counts.items() if count > 20)
+    assert photo_crops.count_crops("validation", image_size=256) == 500
