@@ -30,7 +30,7 @@ def with_subspace(tree):
     return {**tree, asym.SUBSPACE: basis.astype(np.float32)}
 
 
-@pytest.mark.parametrize("head", [("unet", "hybrid"), ("coord_mlp", "intermediate"), ("attention", "post_hoc")])
+@pytest.mark.parametrize("head", [("unet", "hybrid"), ("attention", "post_hoc")])
 def test_they_train_alike_on_one_device_and_on_three_axes_with_recomputation(head):
     def start(fresh):
         return fresh.replace(params=with_subspace(fresh.params), emas=tuple(map(with_subspace, fresh.emas)))
