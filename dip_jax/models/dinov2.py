@@ -282,7 +282,7 @@ def _attention(encoder: DinoV2, params: Params, x: jax.Array, dtype: Any) -> jax
     qkv = _linear(params["qkv"], x, dtype)
     heads = qkv.reshape(*qkv.shape[:-1], encoder.num_heads, _HEAD_WIDTH)
     q, k, v = (constrain(part, "batch", "tokens", "act_heads", None) for part in unstack(heads, -3))
-    y = attend(q, k, v, choice="auto", dtype=dtype)
+    y = attend(q, k, v, choice="auto", dtype=dtype, frozen=True)
     return _linear(params["proj"], y.reshape(x.shape), dtype)
 
 

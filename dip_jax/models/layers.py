@@ -187,19 +187,21 @@ def rotate(x: jax.Array, table: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
-def attention_implementation(choice: str, dtype: Any) -> str:
-    """Resolves "auto": cuDNN for half precision on a mesh of GPUs, XLA elsewhere."""
+def attention_implementation(choice: str, dtype: Any, *, tokens: int, head_dim: int, frozen: bool = False) -> str:
+    """Resolves "auto": cuDNN on a mesh of GPUs for what it takes (half precision, sides it can tile), XLA elsewhere."""
     if choice != "auto":
         return choice
-    return "cudnn" if target.platform() == "gpu" and dtype == jnp.bfloat16 else "xla"
+    taken = dtype == jnp.bfloat16 and (frozen or tokens % 2 == 0) and head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if target.platform() == "gpu" and taken else "xla"
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, choice: str, dtype: Any) -> jax.Array:
-    """softmax(q k^T / sqrt(width)) v of [..., N, K, head width], softmax in float32."""
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, choice: str, dtype: Any, frozen: bool = False) -> jax.Array:
+    """softmax(q k^T / sqrt(width)) v of [..., N, K, head width], softmax in float32; `frozen`: nobody asks for its gradient."""
     if target.platform() == "cpu":  # which computes half-precision products in float32 anyway
         q, k, v = (part.astype(jnp.float32) for part in (q, k, v))
+    chosen = attention_implementation(choice, dtype, tokens=q.shape[-3], head_dim=q.shape[-1], frozen=frozen)
     with jax.numpy_dtype_promotion("standard"):  # JAX's own function adds bfloat16 to float32
-        return jax.nn.dot_product_attention(q, k, v, implementation=attention_implementation(choice, dtype)).astype(dtype)
+        return jax.nn.dot_product_attention(q, k, v, implementation=chosen).astype(dtype)
 
 
 class Attention(nn.Module):

@@ -26,7 +26,7 @@ def test_the_mesh_decides(platform, attention, groups, monkeypatch):
     monkeypatch.setattr(folding, "GROUP_BYTES", 1)
 
     def decided():
-        chosen = layers.attention_implementation("auto", jnp.bfloat16)
+        chosen = layers.attention_implementation("auto", jnp.bfloat16, tokens=256, head_dim=72)
         return chosen, folding.count_groups(model, images=1, patches=2)
 
     assert decided() == ("xla", 1)  # no mesh: what runs anywhere
@@ -35,6 +35,24 @@ def test_the_mesh_decides(platform, attention, groups, monkeypatch):
         with target.everywhere():
             assert decided() == ("xla", 1)
         assert target.platform() == platform
+
+
+@pytest.mark.parametrize(
+    ("changed", "chosen"),
+    [
+        ({}, "cudnn"),
+        ({"tokens": 67}, "xla"),  # 64 tokens of the image and 3 of its class: cuDNN's backward pass refuses an odd number
+        ({"tokens": 257, "frozen": True}, "cudnn"),  # the teacher has no backward pass
+        ({"head_dim": 12}, "xla"),
+        ({"head_dim": 136}, "xla"),
+        ({"dtype": jnp.float32}, "xla"),
+        ({"tokens": 67, "choice": "cudnn"}, "cudnn"),  # whoever names it gets it, or its error
+    ],
+)
+def test_a_gpus_attention_is_cudnns_where_it_takes_the_sizes(changed, chosen):
+    asked = {"choice": "auto", "dtype": jnp.bfloat16, "tokens": 256, "head_dim": 72} | changed
+    with jax.sharding.use_abstract_mesh(mesh_of("gpu")):
+        assert layers.attention_implementation(asked.pop("choice"), asked.pop("dtype"), **asked) == chosen
 
 
 def test_a_real_mesh_is_read_inside_jit():
