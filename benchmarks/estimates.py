@@ -16,7 +16,6 @@ import os
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -34,35 +33,13 @@ REST = {
     "conversions": r"convert_element_type",
 }
 MOVES = ("copy", "copy-start", "transpose", "bitcast-convert", "slice", "dynamic-slice", "reshape")
-CONTROL = ("while", "conditional", "call")
 SIDE, LONG = 8192, 2**29  # the known programs: a product of square matrices, numbers copied; bfloat16
-
-
-def costs(text: str) -> Iterator[tuple[int, int, hlo.Instruction]]:
-    """Each operation of a TPU's program that has an estimate: cycles of all its runs, how many these are, the operation.
-
-    Of a conditional only the dearest branch runs.
-    """
-    entry, found = hlo.computations(text)
-
-    def estimate(one: hlo.Instruction) -> int:
-        stated = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
-        return int(stated.group(1)) if stated and one.opcode not in CONTROL else 0
-
-    for one in [one for body in found.values() for one in body if one.opcode == "conditional"]:
-        branches = sorted((name for name, _ in hlo.called_by(one, found)), key=lambda name: sum(map(estimate, found[name])))
-        found |= {name: [] for name in branches[:-1]}
-    runs = hlo.count_runs(entry, found)
-    for name, instructions in found.items():
-        for one in instructions:
-            if runs[name] and estimate(one):
-                yield estimate(one) * runs[name], runs[name], one
 
 
 def rest(text: str) -> Counter[str]:
     """Cycles of what `cycles.by_part` calls the update and the rest, by `REST`; "else" is what no row fits."""
     found: Counter[str] = Counter()
-    for spent, _, one in costs(text):
+    for spent, _, one in cycles.costs(text):
         source = hlo.source_of(one)
         if not any(re.search(pattern, source) for pattern in cycles.PARTS.values()):
             found[next((part for part, pattern in REST.items() if re.search(pattern, source)), "else")] += spent
@@ -73,7 +50,7 @@ def moves(text: str) -> int:
     """Cycles of operations, or of fusions named after them, that only move numbers."""
     return sum(
         spent
-        for spent, _, one in costs(text)
+        for spent, _, one in cycles.costs(text)
         if one.opcode in MOVES or (one.opcode == "fusion" and re.match(r"(copy|transpose|slice|bitcast)[\w.]*fusion", one.name))
     )
 
@@ -106,7 +83,7 @@ def describe(text: str, topology: topologies.Topology, rows: int) -> dict:
     total, moved = sum(parts.values()), moves(text) * scale
     shown = {"total": total, **parts, **inside, "of all: moves alone": moved}
     print(measuring.table(("ms", "share", "part"), [[n, n / total, part] for part, n in shown.items()]))
-    dearest = sorted(costs(text), key=lambda row: -row[0])[:rows]
+    dearest = cycles.costs(text)[:rows]
     lines = [[n * scale, runs, one.name[:40], one.result[:60], hlo.source_of(one)[-80:]] for n, runs, one in dearest]
     print(measuring.table(("ms", "runs", "operation", "result", "of the model"), lines))
     return {"milliseconds": shown, "cycles": spent, "clock": topology.clock}
@@ -125,7 +102,7 @@ def trust(topology: topologies.Topology) -> list[dict]:
     found = []
     for what, (function, operands, amount, rate) in work.items():
         text = jax.jit(function).lower(*operands).compile().as_text()
-        seconds = sum(spent for spent, _, _ in costs(text)) / topology.clock
+        seconds = sum(spent for spent, _, _ in cycles.costs(text)) / topology.clock
         found.append({"program": what, "seconds": seconds, "rate": amount / seconds, "of_peak": amount / seconds / rate})
     print(measuring.table(tuple(found[0]), [list(row.values()) for row in found]))
     return found

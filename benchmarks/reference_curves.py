@@ -8,16 +8,18 @@ first 100, 300, 1,000 and 10,000 steps.
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import subprocess
 import sys
 
+from etils import epath
+
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.paper import tables  # noqa: E402
+from dip_jax.runtime import writers  # noqa: E402
 
 TABLE = ROOT / "docs" / "figures" / "reference_curves.csv"
 FIRST = 20
@@ -43,8 +45,7 @@ def run(curve: str, *, seed: int, data: pathlib.Path, workdir: pathlib.Path) -> 
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:
     """The loss of every step that has a row."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+    return {row["step"]: row["loss"] for row in writers.read_rows(epath.Path(workdir / "metrics.jsonl")) if "loss" in row}
 
 
 def summary(found: dict[int, float]) -> dict[str, float | str]:

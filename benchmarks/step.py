@@ -107,8 +107,7 @@ def turns(cases: dict[str, Case], options: argparse.Namespace) -> dict[str, dict
 
 def loop(options: argparse.Namespace) -> list[dict]:
     """Chunks of steps in turn: on one batch over and over; as the loop does it, with real batches and metrics one step late."""
-    settings = measuring.variants(options.variants.split(";")[0])
-    settings = next(iter(settings.values()))
+    settings = next(iter(measuring.variants(options.variants.split(";")[0]).values()))
     model = measuring.make_model(options.size, options.image_size, settings, **DEMO)
     case, pending = Case(model, options.batch, settings), None
     data = config.Data(path=options.loop, batch_size=options.batch, num_threads=2)

@@ -11,12 +11,11 @@ import safetensors.numpy
 from benchmarks.paper import measure, plots, seeds, tables
 from benchmarks.paper.scale import photo_crops_config
 from benchmarks.paper.session import Session
-from benchmarks.paper.table2 import run_name
+from benchmarks.paper.table2 import METRICS, run_name
 from dip_jax.config import Config, Repa
 from dip_jax.models import dinov2
 
 QUALITY, VERDICTS = "repa.csv", "repa_verdicts.csv"
-METRICS = {"loss": "validation loss", "fid_lite0": "fid_lite0"}
 RANDOM = dinov2.DinoV2(width=192, depth=4)
 HEADS = ("none", "unet")
 WEIGHTS = {"without": 0.0, "with": 0.5}

@@ -20,25 +20,36 @@ _CONTROL = ("while", "conditional", "call")
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
-def by_part(text: str) -> dict[str, int]:
-    """ "head, forward" and the like -> cycles per run, the largest first; "again" is what the backward pass recomputes."""
+def costs(text: str) -> list[tuple[int, int, hlo.Instruction]]:
+    """Each operation that has an estimate: cycles of all its runs, how many these are, the operation; the dearest first.
+
+    One that several calls reach has a row for each.
+    """
     entry, found = hlo.computations(text)
 
     @functools.cache
-    def of(name: str) -> Counter[str]:
-        total: Counter[str] = Counter()
+    def of(name: str) -> list[tuple[int, int, hlo.Instruction]]:
+        rows = []
         for one in found.get(name, ()):
             inside = [(of(called), times) for called, times in hlo.called_by(one, found)] if one.opcode in _CONTROL else []
             if one.opcode == "conditional":
-                inside = [max(inside, key=lambda branch: branch[0].total())]
+                inside = [max(inside, key=lambda branch: sum(cycles for cycles, _, _ in branch[0]))]
             for part, times in inside:
-                total.update({key: cycles * times for key, cycles in part.items()})
+                rows += [(cycles * times, runs * times, each) for cycles, runs, each in part]
             estimate = _ESTIMATE.search(one.rest)
             if estimate and not inside:
-                total[_part(hlo.source_of(one))] += int(estimate.group(1))
-        return total
+                rows.append((int(estimate.group(1)), 1, one))
+        return rows
 
-    return dict(of(entry).most_common())
+    return sorted(of(entry), key=lambda row: -row[0])
+
+
+def by_part(text: str) -> dict[str, int]:
+    """ "head, forward" and the like -> cycles per run, the largest first; "again" is what the backward pass recomputes."""
+    total: Counter[str] = Counter()
+    for cycles, _, one in costs(text):
+        total[_part(hlo.source_of(one))] += cycles
+    return dict(total.most_common())
 
 
 def _part(source: str) -> str:

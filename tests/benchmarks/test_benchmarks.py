@@ -17,6 +17,7 @@ from places import ROOT
 
 from dip_jax import config
 from dip_jax.errors import UserError
+from dip_jax.planning import cycles
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -102,7 +103,7 @@ ENTRY %main (p: f32[4], i: s32[]) -> f32[4] {
 
 
 def test_an_estimate_counts_the_dearest_branch_and_names_what_only_moves():
-    assert [spent for spent, _, _ in estimates.costs(PROGRAM)] == [30, 5, 2]
+    assert [spent for spent, _, _ in cycles.costs(PROGRAM)] == [30, 5, 2]
     assert estimates.rest(PROGRAM) == {"update": 30, "else": 5}
     assert estimates.moves(PROGRAM) == 7
     assert estimates.launches(PROGRAM) == {"copy": 2, "copy_fusion": 1, "conditional": 1, "add": 1}

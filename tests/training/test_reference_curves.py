@@ -1,6 +1,6 @@
 """The first losses of docs/reference_curves.md: the crops, their order, the first weights, the noise and the updates."""
 
-import importlib.util
+import runpy
 
 import jax
 import numpy as np
@@ -20,10 +20,7 @@ STEPS = 20
 
 
 def settings(curve: str, seed: int) -> config.Config:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "configs" / "reference.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = module.get_config(curve)
+    made = runpy.run_path(str(ROOT / "configs" / "reference.py"))["get_config"](curve)
     made.train.seed = seed
     return config.from_config_dict(made)
 
