@@ -47,6 +47,8 @@ class Compiled:
         cycles: estimated, by part of the model; only for TPUs, and only where machine code was made.
         kernels: calls of CUDA's libraries, by name.
         seconds: of tracing and of compiling, here.
+        untiled: a product for which XLA's GPU compiler found no tiling, as it has no device to try any on; all products are
+            then cuBLAS's. Empty where it found all.
     """
 
     mesh: dict[str, int]
@@ -59,6 +61,7 @@ class Compiled:
     cycles: dict[str, int] = dataclasses.field(default_factory=dict)
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: tuple[float, float] = (0.0, 0.0)
+    untiled: str = ""
 
     @property
     def total_bytes(self) -> int:
@@ -135,7 +138,7 @@ def lower(config: Config, topology: Topology, job: str) -> tuple[jax.stages.Lowe
 def read(text: str, **known: Any) -> Compiled:
     """What the optimised program says; `known` are the other fields of `Compiled`."""
     kernels: dict[str, int] = {}
-    for name in re.findall(r'custom_call_target="(__cu\w+\$\w+)"', text):
+    for name in re.findall(r'custom_call_target="(__cu[\w$]+)"', text):
         kernels[name] = kernels.get(name, 0) + 1
     return Compiled(
         aliased="input_output_alias={" in text.split("\n", 1)[0],
@@ -165,17 +168,26 @@ def _needed(message: str) -> int:
     return max(int(float(number) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit]), 1)
 
 
-def _compile(lowered: jax.stages.Lowered, *, known: dict[str, Any], machine_code: bool, keep: str | None) -> Compiled:
+def _untiled(message: str) -> str:
+    """The product, by its name in the model, for which a message says that there is no tiling; empty for any other message."""
+    found = re.search(r'Couldn\'t find output tile sizes .*?op_name="([^"]*)"', message)
+    return found.group(1) if found else ""
+
+
+def _compile(
+    lowered: jax.stages.Lowered, *, known: dict[str, Any], machine_code: bool, keep: str | None, untiled: str = ""
+) -> Compiled:
     began = time.monotonic()
 
     def done(text: str, state: int, other: int) -> Compiled:
         if keep:
             pathlib.Path(keep).write_text(text)
         seconds = (known["traced"], time.monotonic() - began)
-        return read(text, mesh=known["mesh"], state_bytes=state, temporary_bytes=other, seconds=seconds)
+        return read(text, mesh=known["mesh"], state_bytes=state, temporary_bytes=other, seconds=seconds, untiled=untiled)
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        options = None if machine_code else {"xla_dump_to": folder}
+        options: dict[str, Any] = {} if machine_code else {"xla_dump_to": folder}
+        options |= {"xla_gpu_enable_triton_gemm": False} if untiled else {}
         future = concurrent.futures.ThreadPoolExecutor(1).submit(lowered.compile, options)
         while not future.done():
             time.sleep(_POLL)
@@ -188,7 +200,9 @@ def _compile(lowered: jax.stages.Lowered, *, known: dict[str, Any], machine_code
         except jax.errors.JaxRuntimeError as error:
             if needed := _needed(str(error)):
                 return Compiled(known["mesh"], needed_bytes=needed, seconds=(known["traced"], time.monotonic() - began))
-            raise
+            if untiled or not (product := _untiled(str(error))):
+                raise
+            return _compile(lowered, known=known, machine_code=machine_code, keep=keep, untiled=product)
     memory = compiled.memory_analysis()
     other = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     if known["tpu"]:  # its sum of temporaries counts more than ever lies there at once

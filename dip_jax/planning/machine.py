@@ -19,7 +19,7 @@ def describe(config: Config, *, topology: Topology, job: str, machine_code: bool
         machine, job, devices, mesh; fits; bytes_per_device: available, and state, temporaries and left where it fits, needed
         where not; change: the first of `changes` that fits, {"flags", "needed"}, where it does not (null: none does);
         collectives: rows kind, axes, runs, bytes, beside_products (bytes); cycles and seconds by part (estimates of the TPU's
-        compiler for one core, at `clock`); kernels; updated_in_place; compile_seconds; machine_code.
+        compiler for one core, at `clock`); kernels; untiled: see `Compiled`; updated_in_place; compile_seconds; machine_code.
 
     Raises:
         UserError: as `ahead.compile_ahead`.
@@ -43,6 +43,7 @@ def describe(config: Config, *, topology: Topology, job: str, machine_code: bool
         "cycles": found.cycles,
         "clock": topology.clock,
         "kernels": found.kernels,
+        "untiled": found.untiled,
         "updated_in_place": found.aliased,
         "trace_seconds": found.seconds[0],
         "compile_seconds": found.seconds[1],
@@ -108,7 +109,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         found.append(f"  the state is {'' if facts['updated_in_place'] else 'NOT '}updated in place")
     finished = "" if facts["machine_code"] else ", without machine code"
     found.append(f"  traced in {facts['trace_seconds']:.0f} s, compiled in {facts['compile_seconds']:.0f} s here{finished}")
-    return [*found, *_collective_lines(facts["collectives"]), *_cycle_lines(facts), *_kernel_lines(facts["kernels"])]
+    return [*found, *_collective_lines(facts["collectives"]), *_cycle_lines(facts), *_kernel_lines(facts)]
 
 
 def _collective_lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -135,8 +136,11 @@ def _cycle_lines(facts: dict[str, Any]) -> list[str]:
     return ["", title, *rows]
 
 
-def _kernel_lines(kernels: dict[str, int]) -> list[str]:
-    return ["", "CUDA's libraries:", *(f"  {name:<40}{count:>6}" for name, count in kernels.items())] if kernels else []
+def _kernel_lines(facts: dict[str, Any]) -> list[str]:
+    kernels, untiled = facts["kernels"], facts["untiled"]
+    note = f"products are cuBLAS's here: without a GPU to try kernels on, XLA found no tiling of its own for {untiled}"
+    found = ["", "CUDA's libraries:", *(f"  {name:<40}{count:>6}" for name, count in kernels.items())] if kernels else []
+    return [*found, *([note] if untiled else [])]
 
 
 def _totals(found: Compiled) -> list[dict[str, Any]]:

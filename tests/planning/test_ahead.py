@@ -55,10 +55,19 @@ def test_gathers_hide_behind_products_where_the_compiler_is_told(monkeypatch):
 
 @GPU
 def test_a_gpu_sums_gradients_beside_products():
-    found = programs.check_train("h100x4", "data", programs.changed(model={"head": "unet"}))
+    """Of XL's width: XLA joins sums up to 30 MB, and one that holds all of a layer has no product of its own to run beside."""
+    found = programs.check_train("h100x4", "data", programs.changed(model={"head": "unet", "width": 1152, "num_heads": 16}))
     sums = [one for one in found.collectives if one.kind == "all-reduce"]
     hidden = sum(one.size * one.count for one in sums if one.channel in found.hidden)
-    assert hidden > 0.5 * sum(one.size * one.count for one in sums)
+    assert hidden > 0.9 * sum(one.size * one.count for one in sums)
+
+
+@GPU
+def test_a_product_without_a_tiling_is_cublas():
+    """67 tokens: XLA tiles products of its own, the one after its own attention among these, in rows of 16."""
+    whole = programs.changed(model={"context_tokens": 3}, data={"batch_size": 40})
+    found = programs.compiled("h100x1", "one", whole=whole)[0]
+    assert "dot_general" in found.untiled and any("cublas" in name for name in found.kernels)
 
 
 @TPU

@@ -40,7 +40,7 @@ SAMPLING = {
     "head": ("unet", "attention", "none"),
 }
 SUPPORT = pathlib.Path(__file__).parents[1] / "support"
-STEPS, SAMPLES = 24, 9  # rows of the two
+STEPS, SAMPLES = 24, 19  # rows of the two
 
 
 @functools.cache
@@ -55,8 +55,7 @@ def training_rows():
 
 @functools.cache
 def sampling_rows():
-    together = [(a, b) for a, b in itertools.combinations(SAMPLING, 2) if "head" not in (a, b) and (a, b) != ("kind", "solver")]
-    return cover(SAMPLING, together, lambda row: row["ahead"] or row["batch"] == 64)
+    return cover(SAMPLING, list(itertools.combinations(SAMPLING, 2)), lambda row: row["ahead"] or row["batch"] == 64)
 
 
 def machine_of(kind: str, size: int) -> str:
@@ -94,10 +93,10 @@ def test_sampling(number):
     machine = machine_of(row["kind"], 4 if row["ahead"] else 1 if row["kind"] != "v5p" else 4)
     programs.require(machine)
     print(row)
-    steps = 20 if row["ahead"] else 1000
+    depth, steps = (programs.LAYERS, 20) if row["ahead"] else (40, 1000)  # more than `trajectories.AHEAD_BYTES` of modulations
     sample = {"solver": row["solver"], "steps": steps, "batch_size": row["batch"]}
     sample |= {"internal_guidance": 1.5 if row["internal"] else 1.0}
-    whole = programs.changed(model={"head": row["head"], "internal": row["internal"]}, sample=sample)
+    whole = programs.changed(model={"head": row["head"], "internal": row["internal"], "depth": depth}, sample=sample)
     found, text, whole = programs.compiled(machine, job="sample", whole=whole)
     images = max(row["batch"], *found.mesh.values())
     travels = programs.pixels(whole, images) + images  # and whether each is finite

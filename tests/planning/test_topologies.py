@@ -201,8 +201,10 @@ def test_both_verdicts_are_written_out():
     facts = {"machine": "m", "job": "train", "mesh": mesh, "fits": True, "kernels": {"__cudnn$conv": 4}, "clock": 1.5e9}
     facts |= {"bytes_per_device": {"available": 2**31, "state": 2**30, "temporaries": 2**29, "left": 2**29}}
     facts |= {"collectives": machine._totals(found), "cycles": found.cycles, "updated_in_place": True, "machine_code": True}
+    facts["untiled"] = "proj/dot"
     text = "\n".join(machine.lines(json.loads(json.dumps(facts | {"trace_seconds": 1.0, "compile_seconds": 2.0}))))
     assert "0.500 GiB  of the device's memory" in text and "100%" in text and "not measured" in text and "__cudnn$conv" in text
+    assert "found no tiling of its own for proj/dot" in text
     facts |= {"fits": False, "bytes_per_device": {"available": 2**30, "needed": 2**31}}
     change = {"flags": "--config.model.remat=full", "needed": 2**29}
     assert "needs 2.00 GiB per device, of 1.00; fits with --config.model.remat=full (0.50 GiB)" in "\n".join(
@@ -215,3 +217,9 @@ def test_of_a_compilers_last_words_the_line_that_names_what_is_wrong():
     said = "jax.errors.JaxRuntimeError: INTERNAL: no tiling for %dot.1"
     assert ahead._complaint(f"Traceback:\n  File x\n{said}\n\tSymbolic tile\n  <frozen>:198:11 [_run]\n") == said
     assert ahead._complaint("\n") == "nothing said" and ahead._complaint("Killed\n") == "Killed"
+
+
+def test_the_product_that_the_gpus_compiler_could_not_tile():
+    said = "INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot.1 = bf16[67,8]{1,0} dot(%a), metadata={op_name="
+    assert ahead._untiled(f'{said}"jit(f)/proj/dot_general" stack_frame_id=1}}\n\tSymbolic tile') == "jit(f)/proj/dot_general"
+    assert ahead._untiled('INTERNAL: another, metadata={op_name="jit(f)"}') == ""

@@ -22,7 +22,7 @@ from dip_jax.training import optim, repa, state
 
 TPU = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu: pip install -e '.[aot-tpu]'")
 GPU = pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="needs pip install -e '.[aot-gpu]'")
-LAYERS, BATCH, TOKENS, CONTEXT = 5, 160, 64, 3
+LAYERS, BATCH, TOKENS, CONTEXT = 5, 160, 64, 16
 BASE = config.Model(
     size="tiny",
     depth=LAYERS,
@@ -96,6 +96,7 @@ def check_train(machine: str, mesh: str, whole: config.Config = WHOLE) -> ahead.
     assert in_float32(text, rows=rows, tpu=topology.is_tpu) == [], "products that run in float32"
     assert linear_maps(text) == {"modulation", "qkv", "proj", "gate_up", "down"}
     if not topology.is_tpu:
+        assert found.untiled == "", "a product without a tiling"
         assert found.kernels["__cudnn$fmhaSoftmax"] >= 1 and found.kernels["__cudnn$fmhaSoftmaxBackward"] >= 1
     return found
 
