@@ -39,9 +39,11 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """With xdist's -n each file stays with one process, for its fixtures; without xdist there is nothing to say."""
+    """With xdist's -n each file stays with one process, for its fixtures, in the order of the collection (below); without
+    xdist there is nothing to say."""
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "loadfile"
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(config, items):
@@ -50,6 +52,9 @@ def pytest_collection_modifyitems(config, items):
             for item in items:
                 if tier in item.keywords:
                     item.add_marker(pytest.mark.skip(reason=f"needs --{tier}"))
+    # Files with long tests first: one that starts last keeps a single process busy while the others have nothing left.
+    long = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture
