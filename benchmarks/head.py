@@ -127,7 +127,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=lambda text: text.split(","), default=list(default), help="some of %(default)s")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
-    rows = measure(options)
+    with measuring.one_device():
+        rows = measure(options)
     header = ("formulation", "kind", "seconds", "low", "high", "times_naive", "GFLOP", "XLA GFLOP", "temp MiB", "difference")
     lines = [
         [row["formulation"], row["kind"], row["seconds"], row["low"], row["high"], row["times_naive"]]

@@ -186,7 +186,8 @@ def main() -> None:
     facts = {"plan": plan(heads, arguments.size)}
     lines = ["# Cost of each head against DiT-only (Table 2)", "", *plan_lines(facts["plan"])]
     if arguments.rounds:
-        facts["measured"] = measure(heads, arguments.size, arguments.batch, arguments.rounds)
+        with measuring.one_device():
+            facts["measured"] = measure(heads, arguments.size, arguments.batch, arguments.rounds)
         lines += measured_lines(facts["measured"])
     text = "\n".join(lines).rstrip() + "\n"
     print(text)

@@ -5,6 +5,7 @@ counts what they themselves use: on a CPU the process's CPU seconds; on an accel
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -31,7 +32,7 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from dip_jax import config  # noqa: E402
 from dip_jax.errors import UserError  # noqa: E402
 from dip_jax.models import cost, dip  # noqa: E402
-from dip_jax.runtime import accelerators  # noqa: E402
+from dip_jax.runtime import accelerators, sharding  # noqa: E402
 from dip_jax.sampling import sampler  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,6 +51,11 @@ class Built:
 
 def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
+
+
+def one_device() -> contextlib.AbstractContextManager:
+    """What is traced inside is this platform's program, as under a command of dip_jax: without a mesh it would suit any."""
+    return jax.set_mesh(sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1]))
 
 
 def build(function: Callable, *operands: Any) -> Built:

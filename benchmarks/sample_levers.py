@@ -61,7 +61,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0, help="no further variant is compiled after so long")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
-    rows = measure(options)
+    with measuring.one_device():
+        rows = measure(options)
     keys = ("variant", "seconds", "low", "high", "speed", "speed_low", "speed_high", "difference")
     print(measuring.table(keys, [[row[key] for key in keys] for row in rows]))
     asked = measuring.asked(options)

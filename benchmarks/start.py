@@ -92,7 +92,8 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.mode:
-        print(json.dumps(start(options.mode, options.folder, options)))
+        with measuring.one_device():
+            print(json.dumps(start(options.mode, options.folder, options)))
         return
     rows = measure(options)
     header = ("start", "trace s", "compile or load s", "first run s", "first sample s")
