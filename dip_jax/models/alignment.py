@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
-from dip_jax.models.layers import Linear, Named, fan_in_uniform, named
+from dip_jax.models.linear import Linear, Named, fan_in_uniform, named
 from dip_jax.models.rounding import add
 from dip_jax.typing import Params, PRNGKey, Tokens
 

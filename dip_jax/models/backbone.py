@@ -13,14 +13,15 @@ import jax.numpy as jnp
 
 from dip_jax import config
 from dip_jax.models.condition import Conditioning, Modulations
-from dip_jax.models.layers import Block, Linear, sincos_table
+from dip_jax.models.layers import Block, sincos_table
+from dip_jax.models.linear import PRODUCT, Linear
 from dip_jax.runtime.sharding import constrain
 
 TOKENS = ("batch", "tokens", "act_embed")
 
 # What the forward pass keeps for the backward pass; "none" keeps everything.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

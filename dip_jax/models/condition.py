@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Float
 
 from dip_jax import config
-from dip_jax.models.layers import Linear, modulation, named, normal
+from dip_jax.models.linear import Linear, modulation, named, normal
 from dip_jax.runtime.sharding import constrain
 from dip_jax.typing import Labels, Params
 

@@ -17,7 +17,8 @@ from dip_jax import config
 from dip_jax.config.checks import one_of
 from dip_jax.errors import UserError
 from dip_jax.models import folding
-from dip_jax.models.layers import INITS, Linear, RMSNorm, SwiGLU, attend, named, normal, unstack
+from dip_jax.models.layers import RMSNorm, SwiGLU, attend
+from dip_jax.models.linear import INITS, Linear, named, normal, unstack
 from dip_jax.models.rounding import add
 
 

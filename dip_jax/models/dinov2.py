@@ -21,7 +21,8 @@ from jax import lax
 from jaxtyping import Float
 
 from dip_jax.errors import UserError
-from dip_jax.models.layers import attend, layer_norm, unstack
+from dip_jax.models.layers import attend, layer_norm
+from dip_jax.models.linear import unstack
 from dip_jax.models.patches import patchify
 from dip_jax.models.rounding import spread
 from dip_jax.runtime.sharding import constrain

@@ -22,7 +22,7 @@ from dip_jax.errors import UserError
 from dip_jax.models import asym, condition
 from dip_jax.models.backbone import TOKENS, Along, PatchEmbed, Tap
 from dip_jax.models.condition import Condition, ContextTokens, Modulations
-from dip_jax.models.layers import Named, named, zeros
+from dip_jax.models.linear import Named, named, zeros
 from dip_jax.models.patches import patchify, unpatchify
 from dip_jax.models.placement import PLACEMENTS, check_placement, final
 from dip_jax.runtime.sharding import constrain, is_axes
@@ -111,6 +111,19 @@ class DiP:
             return array if stays else array.astype(jnp.dtype(self.config.dtype))
 
         return jax.tree_util.tree_map_with_path(each, self.logical_axes(), params, is_leaf=is_axes)
+
+    def convert_once(self, params: Params) -> Params:
+        """The blocks' kernels in the compute dtype, for a training step: once, not by each pass over each block.
+
+        Each is read by one product, so that its gradient has the same bits as without; stacked gradients are half as large. All
+        else is left as it is: the gradients of biases and heads are sums, which stay in float32.
+        """
+
+        def each(path, array):
+            of_block = path[0].key.startswith("blocks") and path[-1].key == "kernel"
+            return array.astype(jnp.dtype(self.config.dtype)) if of_block else array
+
+        return jax.tree_util.tree_map_with_path(each, params)
 
     def features(self, params: Params, x_t: Images, t: Times, y: Labels) -> Tokens:
         """The tokens after the last block, [B, N, D]: what Figure 8 visualises."""

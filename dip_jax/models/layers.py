@@ -1,131 +1,22 @@
-"""The pieces of the transformer: named parameters, linear maps, norms, RoPE, attention, SwiGLU, adaLN.
+"""The pieces of the transformer: norms, RoPE, attention, SwiGLU, adaLN.
 
 Parameters are float32; products run in the module's `dtype`; norms, softmax and RoPE stay float32.
 Activations have any leading axes: the backbone calls with [B, N, D], the pixel-token head with [P * P, d].
 """
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 
-from dip_jax.models.rounding import add, scale, spread
+from dip_jax.models.linear import Fused, Linear, modulation, named, ones, unstack
+from dip_jax.models.rounding import scale, spread
 from dip_jax.runtime import target
 from dip_jax.runtime.sharding import constrain
 from dip_jax.typing import Axes
-
-Initializer = Callable[..., jax.Array]
-
-
-class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
-    """A parameter in a box that carries its logical axis names, and nothing that acts on them."""
-
-    value: Any
-    axes: Axes = struct.field(pytree_node=False)
-
-    def unbox(self) -> Any:
-        """The array itself; where it lives is decided by the sharding of the whole state."""
-        return self.value
-
-    def replace_boxed(self, val: Any) -> "Named":
-        """The same names on another value."""
-        return self.replace(value=val)
-
-    def add_axis(self, index: int, params: dict[Any, Any]) -> "Named":
-        """Called by `nn.scan`: the stacked parameter gains the axis named in its metadata."""
-        axes = list(self.axes)
-        axes.insert(index, params[nn.PARTITION_NAME])
-        return self.replace(axes=tuple(axes))
-
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Named":
-        """Inverse of `add_axis`."""
-        axes = list(self.axes)
-        del axes[index]
-        return self.replace(axes=tuple(axes))
-
-
-def named(init: Initializer, axes: Axes) -> Initializer:
-    """`init(key, shape)` whose result carries the logical names of its axes."""
-    return lambda key, shape: Named(init(key, shape), axes)
-
-
-def uniform(bound: float) -> Initializer:
-    """U(-bound, bound) in float32."""
-    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-
-def normal(std: float) -> Initializer:
-    """N(0, std) in float32."""
-    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
-
-
-def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Zeros, float32."""
-    return jnp.zeros(shape, jnp.float32)
-
-
-def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Ones, float32."""
-    return jnp.ones(shape, jnp.float32)
-
-
-def fan_in_uniform(fan_in: int) -> Initializer:
-    """U(+-1/sqrt(fan_in)), the initialisation that the backbone's family uses for weights and biases alike."""
-    return uniform(1 / math.sqrt(fan_in))
-
-
-# How a linear map starts: (fan_in, fan_out) -> (kernel initialiser, bias initialiser).
-INITS: dict[str, Callable[[int, int], tuple[Initializer, Initializer]]] = {
-    "fan_in": lambda i, o: (fan_in_uniform(i), fan_in_uniform(i)),
-    "he": lambda i, o: (uniform(math.sqrt(6 / i)), fan_in_uniform(i)),
-    "normal": lambda i, o: (normal(0.02), fan_in_uniform(i)),
-    "xavier": lambda i, o: (uniform(math.sqrt(6 / (i + o))), zeros),
-    "zeros": lambda i, o: (zeros, zeros),
-}
-
-
-def unstack(x: jax.Array, axis: int) -> list[jax.Array]:
-    """The slices of x along `axis`, without it; the gradient is one concatenation."""
-    axis = axis % x.ndim
-    return [lax.squeeze(part, [axis]) for part in lax.split(x, [1] * x.shape[axis], axis)]
-
-
-class Linear(nn.Module):
-    """x [..., I] -> [..., *features], computed in `dtype`; several features axes make one fused product.
-
-    Attributes:
-        features: output axes, e.g. (D,) or (3, D) for queries, keys and values at once.
-        axes: logical names of the kernel [I, *features]; the bias takes those of `features`.
-        init: row of INITS.
-    """
-
-    features: tuple[int, ...]
-    axes: Axes
-    bias: bool = True
-    init: str = "fan_in"
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        fan_in = x.shape[-1]
-        kernel_init, bias_init = INITS[self.init](fan_in, math.prod(self.features))
-        kernel = self.param("kernel", named(kernel_init, self.axes), (fan_in, *self.features))
-        y = lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ())))
-        if self.bias:
-            b = self.param("bias", named(bias_init, self.axes[1:]), self.features)
-            y = add(y, b)
-        return y
-
-
-def modulation(parts: int, width: int, **fields: Any) -> Linear:
-    """The linear map of adaLN: c [..., D] -> [..., parts, width]; `fields` are further attributes of `Linear`."""
-    return Linear((parts, width), ("embed", None, "modulation"), **fields)
 
 
 class RMSNorm(nn.Module):
@@ -223,9 +114,8 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         head_dim = width // self.num_heads
-        qkv = Linear((3, width), ("embed", None, "heads"), bias=False, dtype=self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(*qkv.shape[:-1], self.num_heads, head_dim)
-        q, k, v = unstack(qkv, -3)
+        qkv = Fused((3, width), ("embed", None, "heads"), heads=self.num_heads, dtype=self.dtype, name="qkv")
+        q, k, v = qkv(x)
         table = rope_table(self.grid, head_dim, self.context)
         q = rotate(RMSNorm(name="q_norm")(q), table).astype(self.dtype)
         k = rotate(RMSNorm(name="k_norm")(k), table).astype(self.dtype)
@@ -245,8 +135,7 @@ class SwiGLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         inner = int(2 * 4 * width / 3)
-        both = Linear((2, inner), ("embed", None, "mlp"), bias=False, dtype=self.dtype, name="gate_up")(x)
-        gate, up = unstack(both, -2)
+        gate, up = Fused((2, inner), ("embed", None, "mlp"), dtype=self.dtype, name="gate_up")(x)
         hidden = nn.silu(gate) * up
         if self.lead:
             hidden = constrain(hidden, *self.lead, "act_mlp")

@@ -20,7 +20,8 @@ from dip_jax.models import folding
 from dip_jax.models.backbone import TOKENS, Along, run_blocks
 from dip_jax.models.condition import Conditioning, Modulations
 from dip_jax.models.detailers import HEADS, check_head
-from dip_jax.models.layers import FinalLayer, Linear
+from dip_jax.models.layers import FinalLayer
+from dip_jax.models.linear import Linear
 from dip_jax.runtime.sharding import constrain
 
 

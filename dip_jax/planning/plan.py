@@ -100,7 +100,7 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         run = step.compile_train_step(
             model,
             optimizer,
-            shardings,
+            state.formats(shardings, arrays),
             mesh,
             objective=config.flow,
             optim=config.optim,

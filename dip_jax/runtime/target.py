@@ -6,6 +6,7 @@ A program traced on a laptop for a pod's mesh is then the pod's. Where a program
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Iterator
 
 import jax
@@ -17,6 +18,23 @@ def platform() -> str:
     """cpu, gpu or tpu, as the mesh of `jax.set_mesh` has it; empty without a mesh and inside `everywhere`: suit them all."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return "" if device is None or _everywhere.get() else device.platform
+
+
+# A TPU core's own memory in KiB (`vmem_capacity_bytes` in jax/_src/pallas/mosaic/tpu_info.py), by JAX's name of the device.
+_VECTOR_MEMORY = {"TPU v5": 64 * 1024, "TPU v5p": 64 * 1024, "TPU v5 lite": 128 * 1024, "TPU v6 lite": 128 * 1024}
+_LIMIT = "xla_tpu_scoped_vmem_limit_kib"
+
+
+def compiler_options(kind: str) -> dict[str, str]:
+    """What XLA is told for a program on devices of this `device_kind`.
+
+    On TPUs one operation may fill half of a core's own memory; the other half is left for what comes next to be fetched into.
+    A limit in LIBTPU_INIT_ARGS stands.
+    """
+    memory = _VECTOR_MEMORY.get(kind)
+    if memory is None or _LIMIT in os.environ.get("LIBTPU_INIT_ARGS", ""):
+        return {}
+    return {_LIMIT: str(memory // 2)}
 
 
 @contextlib.contextmanager

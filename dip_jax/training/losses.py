@@ -39,7 +39,7 @@ def losses(
     corrupted, image = batch
     inputs = (corrupted.x_t, corrupted.t, corrupted.y)
     after = alignment.options.layer if alignment is not None else None
-    said = model.apply_all(without_projector(params), *inputs, after=after)
+    said = model.apply_all(model.convert_once(without_projector(params)), *inputs, after=after)
     parts = _of_prediction(said.prediction, corrupted, model=model.config, objective=objective)
     if said.internal is not None:
         of_internal = _of_prediction(said.internal, corrupted, model=model.config, objective=objective)["loss"]

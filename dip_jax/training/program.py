@@ -57,11 +57,13 @@ class Program:
             averages=len(config.optim.ema_decays),
             alignment=self.alignment,
         )
+        shapes = state.abstract_state(self.model, self._optimizer, self._shardings, alignment=self.alignment)
+        self._formats = state.formats(self._shardings, shapes)
         self._frozen, places = repa.place_teacher(self._teacher, self._mesh)
         self._step = step.compile_train_step(
             self.model,
             self._optimizer,
-            self._shardings,
+            self._formats,
             self._mesh,
             objective=config.flow,
             optim=config.optim,
@@ -89,7 +91,8 @@ class Program:
         if self._origin:
             first = starting.begin(first, self._origin, model=model, classes=dataset.classes)[0]
         first = subspace.prepare(first, self._origin, model, dataset, workdir)
-        return made if first is made.params else state.with_first_weights(made, first, self._shardings)
+        made = made if first is made.params else state.with_first_weights(made, first, self._shardings)
+        return jax.device_put(made, self._formats)
 
     def restored_state(self, checkpoints: checkpoint.Checkpoints, found: checkpoint.Found) -> state.TrainState:
         """The state of a checkpoint, also of one whose optimizer clipped otherwise, that had other averages, or a teacher."""
@@ -99,4 +102,5 @@ class Program:
         dropped = found.record.config.repa.weight and not self.alignment
         names = averages.carried_over(was.ema_decays, now.ema_decays)
         restored = checkpoints.restore(found, target, partial=bool(dropped), names=names)
-        return restored.replace(opt_state=optim.renest(restored.opt_state, old=was, new=now))
+        restored = restored.replace(opt_state=optim.renest(restored.opt_state, old=was, new=now))
+        return jax.device_put(restored, self._formats)

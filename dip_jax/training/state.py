@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dip_jax.runtime import sharding
 from dip_jax.training.repa import Alignment, with_projector, without_projector
 from dip_jax.typing import Params, PRNGKey
+
+TILED, _TILE = "tpu", 8  # the platform whose memory is tiled, and the rows of a tile
 
 
 @struct.dataclass
@@ -89,6 +92,22 @@ def abstract_state(
         functools.partial(create_state, model, optimizer, alignment=alignment, averages=len(shardings.emas)), jax.random.key(0)
     )
     return jax.tree.map(lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes, shardings)
+
+
+def formats(shardings: TrainState, arrays: TrainState) -> TrainState:
+    """`shardings` for the step, and on a TPU how each array lies in memory: kernels [.., I, n, D] of n products as n [I, D].
+
+    XLA chooses that itself where [n, D] would not fill tiles of eight rows, but not for n = 2, which it then moves about.
+    """
+
+    def each(placed: NamedSharding, array: Any) -> NamedSharding | Format:
+        turns = array.ndim > 2 and array.shape[-2] < _TILE <= array.shape[-3]
+        if not turns or placed.mesh.devices.flat[0].platform != TILED:
+            return placed
+        *lead, i, n, d = range(array.ndim)
+        return Format(Layout(major_to_minor=(*lead, n, i, d)), placed)
+
+    return jax.tree.map(each, shardings, arrays)
 
 
 def init_sharded(

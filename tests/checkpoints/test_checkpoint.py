@@ -91,6 +91,17 @@ def test_restores_bit_for_bit_on_any_mesh(pristine, trained, mesh):
     checkpoints.close()
 
 
+def test_kernels_that_lie_otherwise_in_memory_are_saved_as_they_are(tmp_path, trained, monkeypatch):
+    """As on a TPU (`state.formats`): what is on disk does not know how it lay."""
+    monkeypatch.setattr(state, "TILED", "cpu")
+    formats = state.formats(jax.tree.map(lambda x: x.sharding, trained), trained)
+    turned = jax.device_put(trained, formats)
+    assert any(a.format.layout.major_to_minor == (0, 2, 1, 3) for a in jax.tree.leaves(turned))
+    checkpoints = saved(tmp_path, turned, 1)
+    assert same(checkpoints.restore(checkpoints.find(), abstract(config.Mesh())), trained)
+    checkpoints.close()
+
+
 def test_save_keeps_what_it_was_given_while_training_goes_on(tmp_path):
     """The step donates its buffers: an asynchronous save must not read them afterwards."""
     target = abstract(config.Mesh())

@@ -77,3 +77,11 @@ def test_the_network_traced_for_another_platform_is_that_platforms(monkeypatch):
 
     assert softmax_inputs("cpu") != softmax_inputs("tpu")
     assert softmax_inputs("cpu").count("f32[2,2,2,16]") > softmax_inputs("tpu").count("f32[2,2,2,16]")
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("TPU v5", 32768), ("TPU v6 lite", 65536), ("NVIDIA H100", None), ("cpu", None)])
+def test_a_tpu_s_compiler_may_fill_half_of_its_own_memory(kind, limit, monkeypatch):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    assert target.compiler_options(kind) == ({} if limit is None else {"xla_tpu_scoped_vmem_limit_kib": str(limit)})
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=98304")
+    assert target.compiler_options(kind) == {}, "what the user says stands"

@@ -10,7 +10,7 @@ import pytest
 
 from dip_jax import config
 from dip_jax.models import dip
-from dip_jax.runtime import sharding
+from dip_jax.runtime import sharding, target
 from dip_jax.training import state, step
 from dip_jax.training.optim import make_optimizer
 
@@ -126,6 +126,37 @@ def test_a_non_finite_gradient_changes_nothing_but_the_counter():
         after, metrics = run(before, random_batch(0), jax.random.key(0))
     assert float(metrics["skipped"]) == 1 and int(after.step) == 1
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((after.params, after.opt_state, after.emas)), kept)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_tpu_s_step_is_the_same_step(bad, monkeypatch):
+    """There it selects between the states, makes the parts of fused products apart, and lays kernels out otherwise."""
+    mesh, optimizer, shardings, run = compiled(ONE, devices=1)
+    key = jax.random.key(0)
+    with jax.set_mesh(mesh):
+        before = state.init_sharded(MODEL, optimizer, 0, shardings)
+        if bad:
+            before = before.replace(params=jax.tree.map(lambda a: a.at[(0,) * a.ndim].set(jnp.nan), before.params))
+        kept = jax.device_get(before)
+        expected, told = jax.device_get(run(before, random_batch(0), key))
+        monkeypatch.setattr(target, "platform", lambda: "tpu")
+        monkeypatch.setattr(state, "TILED", "cpu")
+        arrays = state.abstract_state(MODEL, optimizer, shardings)
+        formats = state.formats(shardings, arrays)
+        theirs = step.compile_train_step(MODEL, optimizer, formats, mesh, objective=config.Flow(), optim=OPTIM)
+        assert "case(" not in theirs.lower(arrays, random_batch(0), key).as_text().replace("stablehlo.", "")
+        found, said = theirs(jax.device_put(kept, formats), random_batch(0), key)
+        turned = [a for a in jax.tree.leaves(found) if a.format.layout.major_to_minor == (0, 2, 1, 3)]
+        assert {a.shape[-2] for a in turned} == {2, 3, 6} and len(turned) == 4 * 3  # weights, two moments, average
+        read = jax.device_get(found)
+        theirs(found, random_batch(1), key)  # what it returns it takes
+    assert float(said["skipped"]) == float(told["skipped"]) == bad
+    if bad:
+        jax.tree.map(np.testing.assert_array_equal, read.replace(step=kept.step), kept)
+        return
+    np.testing.assert_allclose([float(said[name]) for name in told], [float(told[name]) for name in told], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(read.opt_state), jax.tree.leaves(expected.opt_state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(np.abs(b).max(), 1e-8))
 
 
 def test_same_step_same_noise_next_step_other_noise():

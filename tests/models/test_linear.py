@@ -1,0 +1,95 @@
+"""Parts of a fused product are the same whichever way it is made, and what is converted once is converted as before."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import assert_same, randomise, small
+
+from dip_jax.config import Mesh
+from dip_jax.models import linear
+from dip_jax.runtime import sharding, target
+
+
+@functools.cache
+def parts_and_gradients(dtype: str, heads: int | None, *, tpu: bool, devices: int = 1) -> tuple:
+    """Three parts of a fused product, and the gradients of a scalar of them by the input and the kernel."""
+    x = jax.random.normal(jax.random.key(1), (2, 5, 6)).astype(dtype)
+    kernel = jax.random.normal(jax.random.key(2), (6, 3, 8)).astype(dtype)
+
+    def value(x, kernel):
+        parts = linear.multiply_apart(x, kernel, heads=heads, tpu=tpu)
+        return sum((i + 1) * jnp.sum(jnp.sin(part.astype(jnp.float32))) for i, part in enumerate(parts)), parts
+
+    with jax.set_mesh(sharding.make_mesh(Mesh(data=1, tensor=devices), jax.devices()[:devices])):
+        kernel = jax.device_put(kernel, jax.NamedSharding(jax.sharding.get_mesh(), jax.P(None, None, "tensor")))
+        (_, parts), gradients = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(x, kernel)
+    return jax.tree.map(lambda a: np.asarray(a, np.float32), (parts, gradients))
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2**-7)])
+def test_parts_made_apart_are_those_of_one_product(dtype, tolerance, heads):
+    (parts, gradients), expected = (parts_and_gradients(dtype, heads, tpu=tpu) for tpu in (True, False))
+    assert parts[0].shape == ((2, 5, 8) if heads is None else (2, 5, heads, 8 // heads))
+    assert_same((parts, gradients), expected, tolerance)
+
+
+@pytest.mark.parametrize("tpu", [True, False])
+def test_a_tensor_axis_splits_each_part(tpu):
+    assert_same(parts_and_gradients("float32", 2, tpu=tpu, devices=2), parts_and_gradients("float32", 2, tpu=tpu), 1e-6)
+
+
+def loss_and_gradient(model, params, *, once: bool = False) -> tuple:
+    x, t, y = jax.random.normal(jax.random.key(2), (2, 16, 8, 3)), jnp.linspace(0.1, 0.9, 2), jnp.arange(2)
+
+    def loss(params):
+        return jnp.sum(jnp.sin(model.apply(model.convert_once(params) if once else params, x, t, y)))
+
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own attention adds bfloat16 to float32, and is traced again backwards
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_kernels_converted_once_give_the_same_bits(scan):
+    model = small(head="mlp", dtype="bfloat16", scan_layers=scan)
+    params = randomise(jax.jit(model.init)(jax.random.key(1)))
+    found, expected = (loss_and_gradient(model, params, once=once) for once in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    converted = jax.tree_util.tree_leaves_with_path(jax.eval_shape(model.convert_once, params))
+    halves = {jax.tree_util.keystr(path) for path, array in converted if array.dtype == jnp.bfloat16}
+    assert halves and all(name.startswith("['blocks") and name.endswith("['kernel']") for name in halves)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_a_network_as_a_tpu_computes_it_has_the_same_gradient(remat, monkeypatch):
+    model = small(head="unet", remat=remat)
+    params = randomise(jax.jit(model.init)(jax.random.key(1)))
+    expected = loss_and_gradient(model, params)
+    monkeypatch.setattr(target, "platform", lambda: "tpu")
+    assert_same(loss_and_gradient(model, params), expected, 2e-5)
+
+
+def kept(model) -> set[tuple[int, ...]]:
+    """Shapes of what the backward pass of one block reads, with the batch of two first or last but two."""
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    given = jax.ShapeDtypeStruct((2, 16, 8, 3), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
+    label = jax.ShapeDtypeStruct((2,), jnp.int32)
+    residuals = jax.eval_shape(lambda p, *rest: jax.vjp(lambda q: model.apply(q, *rest), p)[1], params, *given, label)
+    return {leaf.shape for leaf in jax.tree.leaves(residuals)}
+
+
+@pytest.mark.parametrize(
+    ("platform", "qkv", "gate_up"),
+    [("", (2, 2, 2, 3, 32), (2, 2, 2, 2, 85)), ("tpu", (2, 2, 2, 16, 2), (2, 2, 2, 85))],
+)
+def test_rematerialisation_keeps_the_products_and_no_more(platform, qkv, gate_up, monkeypatch):
+    """Depth, images, then [N, n, D] or on a TPU [K, D / K, N] of attention: the order in which it is read."""
+    monkeypatch.setattr(target, "platform", lambda: platform)
+    found = kept(small(head="none", remat="dots"))
+    everything = kept(small(head="none", remat="none"))
+    assert {qkv, gate_up} <= found
+    attention = (2, 1, 2, 2, 2, 2)  # of depth, images, heads and pairs of tokens
+    assert attention in everything and attention not in found
