@@ -137,6 +137,7 @@ def test_a_tpu_s_step_is_the_same_step(bad, monkeypatch):
         before = state.init_sharded(MODEL, optimizer, 0, shardings)
         if bad:
             before = before.replace(params=jax.tree.map(lambda a: a.at[(0,) * a.ndim].set(jnp.nan), before.params))
+            before = jax.device_put(before, shardings)
         kept = jax.device_get(before)
         expected, told = jax.device_get(run(before, random_batch(0), key))
         monkeypatch.setattr(target, "platform", lambda: "tpu")
