@@ -131,13 +131,12 @@ def test_a_non_finite_gradient_changes_nothing_but_the_counter():
 @pytest.mark.parametrize("bad", [False, True])
 def test_a_tpu_s_step_is_the_same_step(bad, monkeypatch):
     """There it selects between the states, makes the parts of fused products apart, and lays kernels out otherwise."""
-    mesh, optimizer, shardings, run = compiled(ONE, devices=1)
+    mesh, optimizer, shardings, run = compiled.__wrapped__(ONE, devices=1)
     key = jax.random.key(0)
     with jax.set_mesh(mesh):
         before = state.init_sharded(MODEL, optimizer, 0, shardings)
         if bad:
             before = before.replace(params=jax.tree.map(lambda a: a.at[(0,) * a.ndim].set(jnp.nan), before.params))
-            before = jax.device_put(before, shardings)
         kept = jax.device_get(before)
         expected, told = jax.device_get(run(before, random_batch(0), key))
         monkeypatch.setattr(target, "platform", lambda: "tpu")
@@ -211,6 +210,6 @@ def test_zero1_splits_the_average_but_not_the_parameters():
 
 
 def test_no_second_compilation():
-    mesh, optimizer, shardings, run = compiled(ONE, devices=1)
+    mesh, optimizer, shardings, run = compiled(ONE, OPTIM, 1)
     train(ONE, 4, devices=1)
     assert run._cache_size() == 1
