@@ -46,7 +46,6 @@ class Case:
         mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
         optimizer = make_optimizer(optim, total_steps=1000)
         placed = state.state_shardings(model, optimizer, mesh, averages=len(optim.ema_decays))
-        run = step.compile_train_step(model, optimizer, placed, mesh, objective=objective, optim=optim)
         rng = np.random.default_rng(0)
         image = rng.integers(0, 256, (batch, *model.config.image_size, 3), dtype=np.uint8)
         self.model, self.mesh, self._optimizer, self._placed = model, mesh, optimizer, placed
@@ -54,13 +53,15 @@ class Case:
         self.key = jax.random.key(0)
         with jax.set_mesh(mesh):
             shapes = state.abstract_state(model, optimizer, placed)
+            self._formats = state.formats(shapes)
+            run = step.compile_train_step(model, optimizer, self._formats, mesh, objective=objective, optim=optim)
             self.built = measuring.build_jitted(run, shapes, self.batch, self.key)
         self.restart()
 
     def restart(self) -> None:
         """A fresh state; `release` lets go of it, so that variants need not fit beside each other."""
         with jax.set_mesh(self.mesh):
-            self.state = state.init_sharded(self.model, self._optimizer, 0, self._placed)
+            self.state = jax.device_put(state.init_sharded(self.model, self._optimizer, 0, self._placed), self._formats)
 
     def release(self) -> None:
         self.state = None

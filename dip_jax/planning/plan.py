@@ -97,16 +97,6 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         )
         arrays = state.abstract_state(model, optimizer, shardings, **aligned)
         frozen = [repa.abstract_teacher(aligned["alignment"], mesh)] if aligned["alignment"] else []
-        run = step.compile_train_step(
-            model,
-            optimizer,
-            state.formats(shardings, arrays),
-            mesh,
-            objective=config.flow,
-            optim=config.optim,
-            frozen=jax.tree.map(lambda a: a.sharding, frozen[0]) if frozen else None,
-            **aligned,
-        )
         place = jax.sharding.NamedSharding(mesh, sharding.spec(("batch",)))
         count, (h, w) = config.data.batch_size, config.model.image_size
         batch = {
@@ -114,6 +104,16 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
             "label": jax.ShapeDtypeStruct((count,), jnp.int32, sharding=place),
         }
         with jax.set_mesh(mesh):
+            run = step.compile_train_step(
+                model,
+                optimizer,
+                state.formats(arrays),
+                mesh,
+                objective=config.flow,
+                optim=config.optim,
+                frozen=jax.tree.map(lambda a: a.sharding, frozen[0]) if frozen else None,
+                **aligned,
+            )
             return run.lower(arrays, batch, key, *frozen)
 
 

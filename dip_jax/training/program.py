@@ -57,8 +57,8 @@ class Program:
             averages=len(config.optim.ema_decays),
             alignment=self.alignment,
         )
-        shapes = state.abstract_state(self.model, self._optimizer, self._shardings, alignment=self.alignment)
-        self._formats = state.formats(self._shardings, shapes)
+        self._arrays = state.abstract_state(self.model, self._optimizer, self._shardings, alignment=self.alignment)
+        self._formats = state.formats(self._arrays)
         self._frozen, places = repa.place_teacher(self._teacher, self._mesh)
         self._step = step.compile_train_step(
             self.model,
@@ -96,9 +96,8 @@ class Program:
 
     def restored_state(self, checkpoints: checkpoint.Checkpoints, found: checkpoint.Found) -> state.TrainState:
         """The state of a checkpoint, also of one whose optimizer clipped otherwise, that had other averages, or a teacher."""
-        target = state.abstract_state(self.model, self._optimizer, self._shardings, alignment=self.alignment)
         was, now = found.record.config.optim, self._config.optim
-        target = target.replace(opt_state=optim.renest(target.opt_state, old=now, new=was))
+        target = self._arrays.replace(opt_state=optim.renest(self._arrays.opt_state, old=now, new=was))
         dropped = found.record.config.repa.weight and not self.alignment
         names = averages.carried_over(was.ema_decays, now.ema_decays)
         restored = checkpoints.restore(found, target, partial=bool(dropped), names=names)

@@ -11,11 +11,11 @@ from flax import struct
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dip_jax.runtime import sharding
+from dip_jax.runtime import sharding, target
 from dip_jax.training.repa import Alignment, with_projector, without_projector
 from dip_jax.typing import Params, PRNGKey
 
-TILED, _TILE = "tpu", 8  # the platform whose memory is tiled, and the rows of a tile
+_TILE = 8  # rows of a tile of a TPU's memory
 
 
 @struct.dataclass
@@ -94,20 +94,21 @@ def abstract_state(
     return jax.tree.map(lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes, shardings)
 
 
-def formats(shardings: TrainState, arrays: TrainState) -> TrainState:
-    """`shardings` for the step, and on a TPU how each array lies in memory: kernels [.., I, n, D] of n products as n [I, D].
+def formats(arrays: TrainState) -> TrainState:
+    """Shardings of the arrays, and on a TPU's mesh how each lies in memory: kernels [.., I, n, D] of n products as n [I, D].
 
-    XLA chooses that itself where [n, D] would not fill tiles of eight rows, but not for n = 2, which it then moves about.
+    XLA chooses that itself where [n, D] would not fill tiles of eight rows, but not for n = 2, which it then moves about. The
+    training step takes and returns the state so; `jax.device_put` lays it.
     """
 
-    def each(placed: NamedSharding, array: Any) -> NamedSharding | Format:
+    def each(array: Any) -> NamedSharding | Format:
         turns = array.ndim > 2 and array.shape[-2] < _TILE <= array.shape[-3]
-        if not turns or placed.mesh.devices.flat[0].platform != TILED:
-            return placed
+        if not turns or target.platform() != "tpu":
+            return array.sharding
         *lead, i, n, d = range(array.ndim)
-        return Format(Layout(major_to_minor=(*lead, n, i, d)), placed)
+        return Format(Layout(major_to_minor=(*lead, n, i, d)), array.sharding)
 
-    return jax.tree.map(each, shardings, arrays)
+    return jax.tree.map(each, arrays)
 
 
 def init_sharded(

@@ -24,7 +24,7 @@ from dip_jax import config
 from dip_jax.checkpoints import checkpoint, directories, items, manifest
 from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.models import dip
-from dip_jax.runtime import sharding, storage
+from dip_jax.runtime import sharding, storage, target
 from dip_jax.training import optim, state
 
 CONFIG = harness.tiny_config(pathlib.Path("nowhere"))
@@ -93,9 +93,9 @@ def test_restores_bit_for_bit_on_any_mesh(pristine, trained, mesh):
 
 def test_kernels_that_lie_otherwise_in_memory_are_saved_as_they_are(tmp_path, trained, monkeypatch):
     """As on a TPU (`state.formats`): what is on disk does not know how it lay."""
-    monkeypatch.setattr(state, "TILED", "cpu")
-    formats = state.formats(jax.tree.map(lambda x: x.sharding, trained), trained)
-    turned = jax.device_put(trained, formats)
+    with monkeypatch.context() as patched:
+        patched.setattr(target, "platform", lambda: "tpu")
+        turned = jax.device_put(trained, state.formats(trained))
     assert any(a.format.layout.major_to_minor == (0, 2, 1, 3) for a in jax.tree.leaves(turned))
     checkpoints = saved(tmp_path, turned, 1)
     assert same(checkpoints.restore(checkpoints.find(), abstract(config.Mesh())), trained)
