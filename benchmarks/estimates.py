@@ -33,6 +33,16 @@ REST = {
     "conversions": r"convert_element_type",
 }
 MOVES = ("copy", "copy-start", "transpose", "bitcast-convert", "slice", "dynamic-slice", "reshape")
+FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "call", "after-all", "partition-id")
+# What is counted of a GPU's program -> names of such kernels. A conditional and a copy to the host wait for the device.
+KINDS = {
+    "kernels": r"^(?!conditional|.*-(start|done)$)",
+    "products": r"gemm|__cublas|^dot$",
+    "convolutions": r"__cudnn\$conv",
+    "attention": r"fmha",
+    "moves": r"copy|transpose|(?<!update_)slice|concatenate|^pad|reshape|^broadcast",
+    "waits": r"^conditional",
+}
 SIDE, LONG = 8192, 2**29  # the known programs: a product of square matrices, numbers copied; bfloat16
 
 
@@ -55,28 +65,42 @@ def moves(text: str) -> int:
     )
 
 
-def launches(text: str) -> Counter[str]:
-    """What a GPU's program starts per run, by kind; operations inside of fusions are not counted."""
+def launches(text: str) -> dict[str, Counter[str]]:
+    """What a GPU's program starts per run, by kind, in each part of the model; operations inside of fusions are not counted."""
     entry, found = hlo.computations(text)
-    runs, counted = hlo.count_runs(entry, found), Counter()
-    called = {name for body in found.values() for one in body for name in re.findall(r"calls=%([\w.\-]+)", one.rest)}
-    for name, instructions in found.items():
-        if runs[name] and not (name in called and name.startswith(("fused", "wrapped", "gemm"))):
-            for one in instructions:
+    counted: dict[str, Counter[str]] = {}
+
+    def count(name: str, times: int) -> None:
+        for one in found[name]:
+            if one.opcode in cycles.CONTROL:
+                for called, trips in hlo.called_by(one, found):
+                    count(called, times * trips)
+            if one.opcode not in FREE:
                 kind = re.search(r'custom_call_target="([^"]+)"', one.rest)
                 label = kind.group(1) if kind else re.sub(r"[._\d]+$", "", one.name) if one.opcode == "fusion" else one.opcode
-                counted[label] += runs[name]
-    for free in ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while"):
-        counted.pop(free, None)
+                counted.setdefault(cycles.part_of(hlo.source_of(one)), Counter())[label] += times
+
+    count(entry, 1)
     return counted
+
+
+def told(counted: dict[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    """`launches` by part as few numbers: of all kernels, products, convolutions, attention, and moves; waits of the host."""
+    rows = {}
+    for part, kinds in counted.items():
+        rows[part] = {name: sum(n for kind, n in kinds.items() if re.search(pattern, kind)) for name, pattern in KINDS.items()}
+    return rows
 
 
 def describe(text: str, topology: topologies.Topology, rows: int) -> dict:
     """Prints and returns what one program says."""
     if not topology.is_tpu:
         counted = launches(text)
-        print(measuring.table(("runs", "kind"), [[n, kind] for kind, n in counted.most_common(rows)]))
-        return {"launches": dict(counted)}
+        short = told(counted)
+        print(measuring.table((*KINDS, "part"), [[*row.values(), part] for part, row in short.items()]))
+        dearest = Counter({(part, kind): n for part, kinds in counted.items() for kind, n in kinds.items()}).most_common(rows)
+        print(measuring.table(("runs", "kind", "part"), [[n, kind, part] for (part, kind), n in dearest]))
+        return {"launches": short, "kinds": {part: dict(kinds) for part, kinds in counted.items()}}
     spent, scale = cycles.by_part(text), 1e3 / topology.clock
     parts = {part: n * scale for part, n in spent.items()}
     inside = {f"of the rest: {part}": n * scale for part, n in rest(text).most_common()}

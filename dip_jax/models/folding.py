@@ -9,7 +9,7 @@ Sums are only reordered, so values agree with the plain form to float32 rounding
 Along one axis both (2) and (3) are a transposed convolution of stride 2 with a kernel e of four taps, e[m] being read by output
 2 i + m - 1 of input i. On maps up to 2x2 everything is one dense product over all positions, where convolutions run at a
 twentieth of the speed. Kernels are composed in float32 and converted once.
-What depends on how much there is to do is decided here: `composes`, and `count_groups`, which only a CPU has.
+What depends on how much there is to do, or on the platform, is decided here: `composes`, `_stretch`, and `count_groups`.
 """
 
 import functools
@@ -85,8 +85,10 @@ def _dense(x: jax.Array, matrix: jax.Array, side: int) -> jax.Array:
     return (x.reshape(-1) @ matrix.astype(x.dtype)).reshape(side, side, -1)
 
 
-def _conv(x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
-    return lax.conv_general_dilated(x[None], kernel.astype(x.dtype), (1, 1), padding, dimension_numbers=LAYOUT)[0]
+def _conv(x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]], *, stretched: int = 1) -> jax.Array:
+    """The convolution of one map, `stretched` by zeros between its inputs."""
+    more = {"lhs_dilation": (stretched, stretched), "dimension_numbers": LAYOUT}
+    return lax.conv_general_dilated(x[None], kernel.astype(x.dtype), (1, 1), padding, **more)[0]
 
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -97,10 +99,16 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _stretch(x: jax.Array, e: jax.Array) -> jax.Array:
-    """The transposed convolution of stride 2 with e [4, 4, I, O]: x [r, r, I] -> [2r, 2r, O]."""
+    """The transposed convolution of stride 2 with e [4, 4, I, O]: x [r, r, I] -> [2r, 2r, O].
+
+    Accelerators have it as one operation. A CPU would multiply the zeros between inputs, and takes one convolution per output
+    parity; so does what is to suit all platforms.
+    """
     side = x.shape[0]
     if side <= DENSE_SIDE:
         return _dense(x, _matrix(e, side, stride=2), 2 * side)
+    if target.platform() in ("gpu", "tpu"):
+        return _conv(x, e[::-1, ::-1], ((2, 2), (2, 2)), stretched=2)
     merged = _both(e, _PARITY)  # [a, t, b, u, I, O]
     parts = [[_conv(x, merged[a, :, b], ((1 - a, a), (1 - b, b))) for b in (0, 1)] for a in (0, 1)]
     rows = [jnp.stack(row, axis=2) for row in parts]  # [r, r, 2, O]: columns interleave

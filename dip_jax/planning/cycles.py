@@ -16,7 +16,7 @@ PARTS = {
     "blocks": r"/blocks(_after)?(_context)?\b|/while/body",
     "embeddings": r"/(condition|patch_embed|final)\b",
 }
-_CONTROL = ("while", "conditional", "call")
+CONTROL = ("while", "conditional", "call")
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -31,7 +31,7 @@ def costs(text: str) -> list[tuple[int, int, hlo.Instruction]]:
     def of(name: str) -> list[tuple[int, int, hlo.Instruction]]:
         rows = []
         for one in found.get(name, ()):
-            inside = [(of(called), times) for called, times in hlo.called_by(one, found)] if one.opcode in _CONTROL else []
+            inside = [(of(called), times) for called, times in hlo.called_by(one, found)] if one.opcode in CONTROL else []
             if one.opcode == "conditional":
                 inside = [max(inside, key=lambda branch: sum(cycles for cycles, _, _ in branch[0]))]
             for part, times in inside:
@@ -44,15 +44,16 @@ def costs(text: str) -> list[tuple[int, int, hlo.Instruction]]:
     return sorted(of(entry), key=lambda row: -row[0])
 
 
-def by_part(text: str) -> dict[str, int]:
+def bypart_of(text: str) -> dict[str, int]:
     """ "head, forward" and the like -> cycles per run, the largest first; "again" is what the backward pass recomputes."""
     total: Counter[str] = Counter()
     for cycles, _, one in costs(text):
-        total[_part(hlo.source_of(one))] += cycles
+        total[part_of(hlo.source_of(one))] += cycles
     return dict(total.most_common())
 
 
-def _part(source: str) -> str:
+def part_of(source: str) -> str:
+    """The part and pass of the model that an operation of this name serves, as in `by_part`."""
     part = next((part for part, pattern in PARTS.items() if re.search(pattern, source)), None)
     if part is None:
         return "update and the rest"

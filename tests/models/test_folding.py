@@ -11,6 +11,7 @@ from small_models import assert_same, randomise, small
 from dip_jax import config
 from dip_jax.models import folding
 from dip_jax.models.detailers import UNet
+from dip_jax.runtime import target
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,9 @@ from dip_jax.models.detailers import UNet
         pytest.param(32, 4, "avg", "nearest", "raw", True, marks=pytest.mark.slow),
     ],
 )
-def test_folded_unet_is_the_plain_one(patch_size, depth, pool, upsample, feature, composed, monkeypatch):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_folded_unet_is_the_plain_one(platform, patch_size, depth, pool, upsample, feature, composed, monkeypatch):
+    monkeypatch.setattr(target, "platform", lambda: platform)
     monkeypatch.setattr(folding, "composes", lambda *sizes, patches: composed)
     fields = {"head_pool": pool, "head_upsample": upsample, "head_feature": feature, "head_depth": depth, "head_width": 6}
     model = config.Model(
