@@ -28,7 +28,6 @@ from dip_jax.runtime.accelerators import ACCELERATORS
 # Part of what is neither head, blocks nor embeddings -> what the names of its operations contain; the first that fits.
 REST = {
     "noise": r"random|normal|threefry|erf_inv|uniform|shuffle",
-    "update": r"/cond/",
     "norm": r"/(reduce_sum|square|sqrt|norm)\b",
     "conversions": r"convert_element_type",
 }

@@ -44,7 +44,7 @@ def costs(text: str) -> list[tuple[int, int, hlo.Instruction]]:
     return sorted(of(entry), key=lambda row: -row[0])
 
 
-def bypart_of(text: str) -> dict[str, int]:
+def by_part(text: str) -> dict[str, int]:
     """ "head, forward" and the like -> cycles per run, the largest first; "again" is what the backward pass recomputes."""
     total: Counter[str] = Counter()
     for cycles, _, one in costs(text):

@@ -78,7 +78,7 @@ PROGRAM = re.sub(
 
 %dear (p.1: f32[4]) -> f32[4] {
   %p.1 = f32[4]{0} parameter(0)
-  ROOT %add.1 = f32[4]{0} add(%p.1, %p.1), metadata={op_name="jit(step)/cond/add"}, COST 30
+  ROOT %add.1 = f32[4]{0} add(%p.1, %p.1), metadata={op_name="jit(step)/cond/reduce_sum"}, COST 30
 }
 
 %cheap (p.2: f32[4]) -> f32[4] {
@@ -104,9 +104,13 @@ ENTRY %main (p: f32[4], i: s32[]) -> f32[4] {
 
 def test_an_estimate_counts_the_dearest_branch_and_names_what_only_moves():
     assert [spent for spent, _, _ in cycles.costs(PROGRAM)] == [30, 5, 2]
-    assert estimates.rest(PROGRAM) == {"update": 30, "else": 5}
+    assert estimates.rest(PROGRAM) == {"norm": 30, "else": 5}
     assert estimates.moves(PROGRAM) == 7
-    assert estimates.launches(PROGRAM) == {"copy": 2, "copy_fusion": 1, "conditional": 1, "add": 1}
+    counted = estimates.launches(PROGRAM)
+    assert counted == {"update and the rest": {"copy": 2, "conditional": 1, "add": 1}, "head, forward": {"copy_fusion": 1}}
+    counts = {part: {kind: n for kind, n in row.items() if n} for part, row in estimates.told(counted).items()}
+    assert counts["update and the rest"] == {"kernels": 3, "moves": 2, "waits": 1}
+    assert counts["head, forward"] == {"kernels": 1, "moves": 1}
 
 
 def test_fit_finds_the_exponent():
