@@ -137,16 +137,22 @@ def activation_bytes_per_image(model: Any) -> int:
     return _saved(model, _MANY + 1) - _saved(model, _MANY)
 
 
+def head_bytes_per_image(model: Any) -> int:
+    """Bytes that the head's gradient needs of its activations, per image, whether they are kept or made again."""
+    if model.config.head == "none":
+        return 0
+    kept, again = (_saved(_changed(model, head_remat=remat), _MANY) for remat in (False, True))
+    return (kept - again) // _MANY
+
+
 def recomputed_bytes_per_image(model: Any) -> dict[str, int]:
     """Bytes that the backward pass makes again and holds for a while, per image: of the "head", and of one "block"."""
-    head, block = (0, 0)
-    if model.config.head_remat and model.config.head != "none":
-        head = _saved(_changed(model, head_remat=False), _MANY) - _saved(model, _MANY)
+    block = 0
     if model.config.remat != "none":
         bare = {"head": "none", "placement": "post_hoc", "depth": 1, "inject_after": 1, "internal": False, "context_tokens": 0}
         one = _changed(model, **bare)
         block = _saved(_changed(one, remat="none"), _MANY) - _saved(one, _MANY)
-    return {"head": head // _MANY, "block": block // _MANY}
+    return {"head": head_bytes_per_image(model) if model.config.head_remat else 0, "block": block // _MANY}
 
 
 def _changed(model: Any, **fields: Any) -> Any:

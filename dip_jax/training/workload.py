@@ -44,8 +44,7 @@ def planned_bytes(model: dip.DiP, state: TrainState, teacher: Any, *, images: in
         `cost.activation_bytes_per_image`), and what the backward pass needs beside them, `_workspace`.
     """
     params = _bytes(state.params)
-    # In the blocks' own type; where each device updates all of its parameters, in float32 then.
-    gradients = max(params // 2 if _halves(model) else params, min(params, _bytes(state.opt_state) // 2))
+    gradients = params // 2 if _halves(model) else params  # in the blocks' own type until the update reads them
     activations = images * cost.activation_bytes_per_image(model)
     return {
         "params": params,
@@ -62,10 +61,12 @@ def _workspace(model: dip.DiP, *, params: int, gradients: int, images: int) -> i
     """Bytes beside state, gradients and activations at the fuller of two moments; docs/scaling.md has compilers' own words.
 
     The weights are there a second time in the type that products read. While the head is differentiated, its activations are
-    made again, three quarters of them at a time, but there are no gradients yet; while a block is, its own and their gradients.
+    made again, three quarters of them at a time, but there are no gradients yet; while a block is, its own and their gradients,
+    where those that the head kept are gone.
     """
     again, cast = cost.recomputed_bytes_per_image(model), params // 2 if _halves(model) else 0
-    return cast + max(images * again["head"] * 3 // 4 - gradients, 2 * images * again["block"], 0)
+    gone = 0 if model.config.head_remat else images * cost.head_bytes_per_image(model)
+    return cast + max(images * again["head"] * 3 // 4 - gradients, 2 * images * again["block"] - gone, 0)
 
 
 def _halves(model: dip.DiP) -> bool:
