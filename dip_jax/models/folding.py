@@ -85,7 +85,7 @@ def _dense(x: jax.Array, matrix: jax.Array, side: int) -> jax.Array:
     return (x.reshape(-1) @ matrix.astype(x.dtype)).reshape(side, side, -1)
 
 
-def _conv(x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]], *, stretched: int = 1) -> jax.Array:
+def _conv(x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], ...], *, stretched: int = 1) -> jax.Array:
     """The convolution of one map, `stretched` by zeros between its inputs."""
     more = {"lhs_dilation": (stretched, stretched), "dimension_numbers": LAYOUT}
     return lax.conv_general_dilated(x[None], kernel.astype(x.dtype), (1, 1), padding, **more)[0]

@@ -1,8 +1,8 @@
 """Which platform a program is traced for: that of the devices in the mesh, never that of the machine that traces it.
 
 A program traced on a laptop for a pod's mesh is then the pod's. Where a program differs by platform, it asks here:
-`models/folding.py` (groups of patches, transposed convolutions), `models/layers.py` (attention), `models/linear.py` (parts of fused
-products), `training/step.py` (whether a branch refuses an update) and `training/state.py` (how kernels lie in memory).
+`models/folding.py` (groups of patches, transposed convolutions), `models/layers.py` (attention), `models/linear.py` (parts of
+fused products), `training/step.py` (whether a branch refuses an update) and `training/state.py` (how kernels lie in memory).
 """
 
 import contextlib
