@@ -61,12 +61,12 @@ def _workspace(model: dip.DiP, *, params: int, gradients: int, images: int) -> i
     """Bytes beside state, gradients and activations at the fuller of two moments; docs/scaling.md has compilers' own words.
 
     The weights are there a second time in the type that products read. While the head is differentiated, its activations are
-    made again, three quarters of them at a time, but there are no gradients yet; while a block is, its own and their gradients,
+    made again, some five eighths of them at a time, but there are no gradients yet; while a block is, its own and their gradients,
     where those that the head kept are gone.
     """
     again, cast = cost.recomputed_bytes_per_image(model), params // 2 if _halves(model) else 0
     gone = 0 if model.config.head_remat else images * cost.head_bytes_per_image(model)
-    return cast + max(images * again["head"] * 3 // 4 - gradients, 2 * images * again["block"] - gone, 0)
+    return cast + max(images * again["head"] * 5 // 8 - gradients, 2 * images * again["block"] - gone, 0)
 
 
 def _halves(model: dip.DiP) -> bool:

@@ -130,24 +130,25 @@ def test_workspace_is_what_the_backward_pass_makes_again():
 
 # What the compilers say that a device needs for DiP-XL with REPA, 256 images in all, GiB (benchmarks/topologies.py).
 SAID = [
-    ("256", config.Mesh(data=16), 16.88, 0.1),  # v5e-16
-    ("256", config.Mesh(data=16, zero1=True), 8.69, 0.1),
-    ("512", config.Mesh(data=16), 18.61, 0.1),
-    ("512", config.Mesh(data=16, zero1=True), 12.80, 0.1),
-    ("256", config.Mesh(data=8), 20.45, 0.1),  # v6e-8
-    ("512", config.Mesh(data=8), 26.22, 0.1),
-    ("256", config.Mesh(data=8), 21.61, 0.1),  # h100x8
-    ("512", config.Mesh(data=8), 29.25, 0.1),
-    ("256", config.Mesh(data=32), 18.15, 0.2),  # v5p-64, which copies the state into other tiles to update it
-    ("512", config.Mesh(data=32), 18.64, 0.2),
+    ("256", config.Mesh(data=16), 15.63),  # v5e-16
+    ("512", config.Mesh(data=16), 17.35),
+    ("512", config.Mesh(data=16, zero1=True), 12.57),
+    ("256", config.Mesh(data=8), 19.79),  # v6e-8
+    ("512", config.Mesh(data=8), 24.34),
+    ("256", config.Mesh(data=8), 20.22),  # h100x8
+    ("512", config.Mesh(data=8), 28.89),
+    ("256", config.Mesh(data=32), 13.95),  # v5p-64
+    ("512", config.Mesh(data=32), 15.14),
+    ("256", config.Mesh(data=64), 13.17),  # h100x64
+    ("512", config.Mesh(data=64), 13.85),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "mesh", "said", "tolerance"), SAID)
-def test_the_estimate_is_near_what_compilers_said(size, mesh, said, tolerance):
+@pytest.mark.parametrize(("size", "mesh", "said"), SAID)
+def test_the_estimate_is_near_what_compilers_said(size, mesh, said):
     estimate = info.describe(load("dip", size), mesh=mesh)["bytes_per_device"]["total"] / 2**30
-    assert estimate == pytest.approx(said, rel=tolerance)
+    assert estimate == pytest.approx(said, rel=0.1)
 
 
 def test_the_difference_to_the_compiler_is_told():
