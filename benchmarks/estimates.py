@@ -8,10 +8,12 @@
 
 Needs the wheel of that compiler (docs/scaling.md). A variant is name:key=value,... of fields of `config.Model`. TPU: the
 compiler's own count of cycles for one core, at the clock of `dip_jax/planning/topologies.py`, without waiting for memory or
-network: it ranks variants and finds waste, and is no measurement. GPU: there is no estimate, so launches are counted by kind.
+network: it ranks variants and finds waste, and is no measurement. GPU: there is no estimate, so launches are counted, by part
+and kind.
 """
 
 import argparse
+import functools
 import os
 import pathlib
 import re
@@ -33,13 +35,13 @@ REST = {
 }
 MOVES = ("copy", "copy-start", "transpose", "bitcast-convert", "slice", "dynamic-slice", "reshape")
 FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "call", "after-all", "partition-id")
-# What is counted of a GPU's program -> names of such kernels. A conditional and a copy to the host wait for the device.
+# What is counted of a GPU's program -> names of such kernels. At a conditional the host waits for the device.
 KINDS = {
     "kernels": r"^(?!conditional|.*-(start|done)$)",
     "products": r"gemm|__cublas|^dot$",
     "convolutions": r"__cudnn\$conv",
     "attention": r"fmha",
-    "moves": r"copy|transpose|(?<!update_)slice|concatenate|^pad|reshape|^broadcast",
+    "moves": r"^(?!.*-(start|done)$).*(copy|transpose|(?<!update[_-])slice|concatenate|reshape)|^pad|^broadcast",
     "waits": r"^conditional",
 }
 SIDE, LONG = 8192, 2**29  # the known programs: a product of square matrices, numbers copied; bfloat16
@@ -64,30 +66,40 @@ def moves(text: str) -> int:
     )
 
 
-def launches(text: str) -> dict[str, Counter[str]]:
-    """What a GPU's program starts per run, by kind, in each part of the model; operations inside of fusions are not counted."""
+def launches(text: str) -> Counter[tuple[str, str]]:
+    """What a GPU's program starts per run, by (part of the model, kind); operations inside of fusions are not counted.
+
+    Of a conditional's branches the one that starts most beside copies counts: only one is taken.
+    """
     entry, found = hlo.computations(text)
-    counted: dict[str, Counter[str]] = {}
 
-    def count(name: str, times: int) -> None:
+    @functools.cache
+    def of(name: str) -> Counter[tuple[str, str]]:
+        counted: Counter[tuple[str, str]] = Counter()
         for one in found[name]:
-            if one.opcode in cycles.CONTROL:
-                for called, trips in hlo.called_by(one, found):
-                    count(called, times * trips)
+            inside = (
+                [(of(called), times) for called, times in hlo.called_by(one, found)] if one.opcode in cycles.CONTROL else []
+            )
+            if one.opcode == "conditional":
+                inside = [max(inside, key=lambda branch: sum(n for (_, kind), n in branch[0].items() if kind != "copy"))]
+            for part, times in inside:
+                counted.update({key: n * times for key, n in part.items()})
             if one.opcode not in FREE:
-                kind = re.search(r'custom_call_target="([^"]+)"', one.rest)
-                label = kind.group(1) if kind else re.sub(r"[._\d]+$", "", one.name) if one.opcode == "fusion" else one.opcode
-                counted.setdefault(cycles.part_of(hlo.source_of(one)), Counter())[label] += times
+                library = re.search(r'custom_call_target="([^"]+)"', one.rest)
+                fusion = re.sub(r"[._\d]+$", "", one.name) if one.opcode == "fusion" else one.opcode
+                counted[cycles.part_of(hlo.source_of(one)), library.group(1) if library else fusion] += 1
+        return counted
 
-    count(entry, 1)
-    return counted
+    return of(entry)
 
 
-def told(counted: dict[str, Counter[str]]) -> dict[str, dict[str, int]]:
-    """`launches` by part as few numbers: of all kernels, products, convolutions, attention, and moves; waits of the host."""
-    rows = {}
-    for part, kinds in counted.items():
-        rows[part] = {name: sum(n for kind, n in kinds.items() if re.search(pattern, kind)) for name, pattern in KINDS.items()}
+def told(counted: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """`launches` of each part as few numbers, by `KINDS`."""
+    rows: dict[str, dict[str, int]] = {}
+    for (part, kind), n in counted.items():
+        row = rows.setdefault(part, dict.fromkeys(KINDS, 0))
+        for name, pattern in KINDS.items():
+            row[name] += n if re.search(pattern, kind) else 0
     return rows
 
 
@@ -97,9 +109,8 @@ def describe(text: str, topology: topologies.Topology, rows: int) -> dict:
         counted = launches(text)
         short = told(counted)
         print(measuring.table((*KINDS, "part"), [[*row.values(), part] for part, row in short.items()]))
-        dearest = Counter({(part, kind): n for part, kinds in counted.items() for kind, n in kinds.items()}).most_common(rows)
-        print(measuring.table(("runs", "kind", "part"), [[n, kind, part] for (part, kind), n in dearest]))
-        return {"launches": short, "kinds": {part: dict(kinds) for part, kinds in counted.items()}}
+        print(measuring.table(("runs", "kind", "part"), [[n, kind, part] for (part, kind), n in counted.most_common(rows)]))
+        return {"launches": short, "kinds": [[*key, n] for key, n in counted.most_common()]}
     spent, scale = cycles.by_part(text), 1e3 / topology.clock
     parts = {part: n * scale for part, n in spent.items()}
     inside = {f"of the rest: {part}": n * scale for part, n in rest(text).most_common()}

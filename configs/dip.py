@@ -35,8 +35,9 @@ def get_config(arg: str = "") -> ConfigDict:
     side = int(chosen.pop("image_size"))
     config = defaults()
     config.model.update(image_size=(side, side), patch_size=32 if side == 512 else 16, **chosen)
-    # The head's activations, an eighth of all (125 MiB per image at 256), are kept rather than made again where that is little.
-    config.model.update(head_remat=side == 512)
+    # The U-Net's activations (125 MiB per image at 256, beside 168 of the blocks) are kept; other heads have up to ten times as
+    # many, and at 512 there are four times as many.
+    config.model.update(head_remat=side == 512 or chosen["head"] != "unet")
     config.data.update(path=f"datasets/imagenet{side}", source="folder")
     # As the paper's appendix has it. The authors' yamls: weight decay 1e-3 (XL) or 0 (L), guidance 1.0 (XL) or 3.5 (L) on
     # (0.1, 1.0). Their times may run the other way in the table, which makes its interval (0.03, 0.89): sweep both. At 512 the

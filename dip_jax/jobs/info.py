@@ -269,7 +269,7 @@ def _planned_bytes(model: dip.DiP, config: Config, mesh: AbstractMesh, *, zero1:
         placed = state.state_shardings(model, optimizer, mesh, **options)
         teacher = repa.abstract_teacher(alignment, mesh) if alignment else {}
     abstract = state.abstract_state(model, optimizer, placed, alignment=alignment)
-    return workload.planned_bytes(model, abstract, teacher, images=images)
+    return workload.planned_bytes(model, abstract, teacher, images=images, accumulate=config.optim.accumulate)
 
 
 def _repa(config: Config) -> dict[str, Any] | None:

@@ -7,9 +7,9 @@ Sums are only reordered, so values agree with the plain form to float32 rounding
                                     = such 2x2 convolutions with composed kernels, plus a constant map      (3)
     conv3x3(concat[a, b], [k_a; k_b]) = conv3x3(a, k_a) + conv3x3(b, k_b): the caller never concatenates    (4)
 Along one axis both (2) and (3) are a transposed convolution of stride 2 with a kernel e of four taps, e[m] being read by output
-2 i + m - 1 of input i. On maps up to 2x2 everything is one dense product over all positions, where convolutions run at a
-twentieth of the speed. Kernels are composed in float32 and converted once.
-What depends on how much there is to do, or on the platform, is decided here: `composes`, `_stretch`, and `count_groups`.
+2 i + m - 1 of input i; accelerators run it as that. On maps up to 2x2 everything is one dense product over all positions:
+convolutions would run at a twentieth of the speed. Kernels are composed in float32 and converted once.
+What depends on platform or amount of work is decided here: DENSE_SIDE, `composes`, `_stretch`, `count_groups`.
 """
 
 import functools

@@ -88,9 +88,9 @@ def train_step(
 def _either(chosen: Bool[Array, ""], update: Callable[[], Any], keep: Callable[[], Any]) -> Any:
     """The result of `update` where `chosen`, else of `keep`.
 
-    A branch on CPUs: on two cores a select per array made this part five times slower. Elsewhere the select, of values that the
-    update reads in any case: a branch would have the state copied on its way in, on a TPU into layouts of its own, and a GPU's
-    host would wait to hear which way to go.
+    A branch on CPUs and in what is to suit all platforms: on two cores a select per array made this part five times slower. On
+    accelerators the select, of values that the update reads in any case: a branch would have the state copied on its way in, on
+    a TPU into layouts of its own, and a GPU's host would wait to hear which way to go.
     """
     if target.platform() in ("tpu", "gpu"):
         return jax.tree.map(functools.partial(jnp.where, chosen), update(), keep())

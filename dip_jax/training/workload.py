@@ -30,7 +30,7 @@ def step_flops(model: config.Model, alignment: Alignment | None) -> int:
     return 3 * sum(cost.forward_flops(model).values()) + sum(added.values())
 
 
-def planned_bytes(model: dip.DiP, state: TrainState, teacher: Any, *, images: int) -> dict[str, int]:
+def planned_bytes(model: dip.DiP, state: TrainState, teacher: Any, *, images: int, accumulate: int = 1) -> dict[str, int]:
     """Bytes per device by what holds them.
 
     Args:
@@ -38,13 +38,15 @@ def planned_bytes(model: dip.DiP, state: TrainState, teacher: Any, *, images: in
         state: shapes, dtypes and shardings, as `state.abstract_state`.
         teacher: the same of the teacher's parameters; an empty tree where there is none.
         images: that a device works on at a time.
+        accumulate: micro-batches per step.
 
     Returns:
         params, optimizer, ema (of all averages), gradients, teacher (where there is one), activations (see
         `cost.activation_bytes_per_image`), and what the backward pass needs beside them, `_workspace`.
     """
     params = _bytes(state.params)
-    gradients = params // 2 if _halves(model) else params  # in the blocks' own type until the update reads them
+    # In the blocks' own type until the update reads them; micro-batches are summed in float32.
+    gradients = params // 2 if _halves(model) and accumulate == 1 else params
     activations = images * cost.activation_bytes_per_image(model)
     return {
         "params": params,
@@ -61,11 +63,11 @@ def _workspace(model: dip.DiP, *, params: int, gradients: int, images: int) -> i
     """Bytes beside state, gradients and activations at the fuller of two moments; docs/scaling.md has compilers' own words.
 
     The weights are there a second time in the type that products read. While the head is differentiated, its activations are
-    made again, some five eighths of them at a time, but there are no gradients yet; while a block is, its own and their gradients,
-    where those that the head kept are gone.
+    made again, some five eighths of them at a time, but there are no gradients yet; while a block is, its own and their
+    gradients, and what a head after the blocks had kept is gone.
     """
     again, cast = cost.recomputed_bytes_per_image(model), params // 2 if _halves(model) else 0
-    gone = 0 if model.config.head_remat else images * cost.head_bytes_per_image(model)
+    gone = 0 if model.config.head_remat or model.config.placement != "post_hoc" else images * cost.head_bytes_per_image(model)
     return cast + max(images * again["head"] * 5 // 8 - gradients, 2 * images * again["block"] - gone, 0)
 
 
@@ -104,7 +106,7 @@ def describe_work(
     arrays = abstract_state(model, optimizer, shardings, alignment=alignment)
     teacher = abstract_teacher(alignment, mesh) if alignment else {}
     images = images_at_a_time(options, mesh.shape)
-    parts = planned_bytes(model, arrays, teacher, images=images)
+    parts = planned_bytes(model, arrays, teacher, images=images, accumulate=options.optim.accumulate)
     planned = ", ".join(f"{name} {console.size(size)}" for name, size in parts.items())
     whole_size = console.size(sum(parts.values()))
     in_head = sum(count(part) for name, part in arrays.ema.items() if name in ("head", "inject_head"))

@@ -15,6 +15,7 @@ from dip_jax.jobs import info
 from dip_jax.models import cost, folding
 from dip_jax.models.detailers import HEADS
 from dip_jax.runtime import sharding
+from dip_jax.training import workload
 
 CONFIGS = ROOT / "configs"
 
@@ -128,6 +129,17 @@ def test_workspace_is_what_the_backward_pass_makes_again():
     assert deeper == again  # of one block
 
 
+def test_what_a_head_after_the_blocks_keeps_is_gone_in_their_turn():
+    def workspace(**fields):
+        model = small(depth=4, head="unet", remat="full", **fields)
+        return workload._workspace(model, params=0, gradients=0, images=8)
+
+    made = cost.recomputed_bytes_per_image(small(depth=4, head="unet", remat="full", head_remat=True))
+    assert workspace(head_remat=True) == max(5 * made["head"], 16 * made["block"])
+    assert workspace(head_remat=False) == max(16 * made["block"] - 8 * made["head"], 0)
+    assert workspace(head_remat=False, placement="intermediate") == 16 * made["block"]
+
+
 # What the compilers say that a device needs for DiP-XL with REPA, 256 images in all, GiB (benchmarks/topologies.py).
 SAID = [
     ("256", config.Mesh(data=16), 15.63),  # v5e-16
@@ -139,6 +151,8 @@ SAID = [
     ("512", config.Mesh(data=8), 28.89),
     ("256", config.Mesh(data=32), 13.95),  # v5p-64
     ("512", config.Mesh(data=32), 15.14),
+    ("256", config.Mesh(data=128), 12.62),  # v5p-256
+    ("512", config.Mesh(data=128), 12.94),
     ("256", config.Mesh(data=64), 13.17),  # h100x64
     ("512", config.Mesh(data=64), 13.85),
 ]

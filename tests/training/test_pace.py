@@ -1,5 +1,6 @@
 """What a run says of itself: speed and share of the peak by hand, bytes by the arrays that are there, its first lines."""
 
+import dataclasses
 import re
 
 import jax
@@ -95,6 +96,14 @@ def test_planned_bytes_are_those_of_the_arrays(dataset):
         placed = state.state_shardings(model, optimizer, mesh)
         planned = workload.planned_bytes(model, state.abstract_state(model, optimizer, placed), {}, images=1)
         arrays = state.init_sharded(model, optimizer, 0, placed)
+        half = dip.from_config(dataclasses.replace(options.model, dtype="bfloat16"))
+        gradients = [
+            workload.planned_bytes(half, state.abstract_state(half, optimizer, placed), {}, images=1, accumulate=parts)[
+                "gradients"
+            ]
+            for parts in (1, 2)
+        ]
+    assert gradients == [planned["params"] // 2, planned["params"]]
     device = jax.devices()[0]
     held = {"params": arrays.params, "optimizer": arrays.opt_state, "ema": arrays.ema}
     for name, tree in held.items():

@@ -128,6 +128,19 @@ def test_a_non_finite_gradient_changes_nothing_but_the_counter():
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((after.params, after.opt_state, after.emas)), kept)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_branch_refuses_updates_on_cpus_alone(platform, monkeypatch):
+    mesh, optimizer, shardings, _ = compiled.__wrapped__(ONE, devices=1)
+    monkeypatch.setattr(target, "platform", lambda: platform)
+    model = dataclasses.replace(MODEL.config, attention="xla")
+    with jax.set_mesh(mesh):
+        arrays = state.abstract_state(MODEL, optimizer, shardings)
+        options = {"objective": config.Flow(), "optim": OPTIM}
+        run = step.compile_train_step(dip.from_config(model), optimizer, shardings, mesh, **options)
+        text = run.lower(arrays, random_batch(0), jax.random.key(0)).as_text()
+    assert ("stablehlo.case" in text) == (platform == "cpu")
+
+
 @pytest.mark.parametrize("bad", [False, True])
 def test_a_tpu_s_step_is_the_same_step(bad, monkeypatch):
     """There it selects between the states, makes the parts of fused products apart, and lays kernels out otherwise."""
