@@ -74,13 +74,15 @@ class Moments:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Equation (1) by (2): the distance between two Gaussians, at least 0: what rounding leaves below it is 0.
+    """Equation (1) by (2): the distance between two Gaussians, at least 0: what rounding alone can leave is 0.
 
     With no more vectors than dimensions it is biased upwards; compare it then only with distances of the same counts.
     """
     overlap = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
     shift = a.mean - b.mean
-    return max(float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap), 0.0)
+    sizes = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance)
+    distance = float(sizes - 2 * overlap)
+    return distance if distance > sizes * len(shift) * np.finfo(np.float64).eps else 0.0
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

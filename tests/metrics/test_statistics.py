@@ -73,6 +73,16 @@ def test_frechet_distance_of_singular_covariances(n, m, rank):
     assert statistics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
+def test_frechet_distance_to_itself_is_zero_and_to_what_is_near_is_not():
+    found = []
+    for seed in range(20):
+        a = moments(vectors(seed, 60, 40) * np.linspace(0.1, 20, 40))
+        found.append(statistics.frechet_distance(a, a))
+        near = Gaussian(a.mean + 1e-4, a.covariance, a.count)
+        assert statistics.frechet_distance(a, near) == pytest.approx(40e-8, rel=1e-3)
+    assert found == [0.0] * 20
+
+
 def test_frechet_distance_of_constant_vectors():
     a, b = moments(np.full((50, 6), 2.0)), moments(np.full((50, 6), 5.0))
     assert statistics.frechet_distance(a, b) == pytest.approx(54.0, rel=1e-14)
