@@ -126,13 +126,7 @@ def turned_products(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _turned_backward(kept: tuple[jax.Array, jax.Array], ys: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    """That of `products` with every product the other way round: the gradients that come in have the tokens last, too."""
-    x, kernel = kept
-    lead, exact = tuple(range(x.ndim - 1)), {"preferred_element_type": jnp.float32}
-    of_x = [lax.dot_general(kernel[:, i], y, (((1,), (y.ndim - 2,)), ((), ())), **exact) for i, y in enumerate(ys)]
-    along = ((*lead[:-1], x.ndim - 1), lead)
-    of_kernel = jnp.stack([lax.dot_general(y, x, (along, ((), ()))).T for y in ys], axis=1)
-    return jnp.moveaxis(sum(of_x[1:], start=of_x[0]).astype(x.dtype), 0, -1), of_kernel
+    return _products_backward(kept, tuple(jnp.moveaxis(y, -1, -2) for y in ys))
 
 
 turned_products.defvjp(lambda x, kernel: (turned_products(x, kernel), (x, kernel)), _turned_backward)
