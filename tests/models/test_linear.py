@@ -18,10 +18,11 @@ def parts_and_gradients(dtype: str, heads: int | None, *, tpu: bool, devices: in
     """Three parts of a fused product, and the gradients of a scalar of them by the input and the kernel."""
     x = jax.random.normal(jax.random.key(1), (2, 5, 6)).astype(dtype)
     kernel = jax.random.normal(jax.random.key(2), (6, 3, 8)).astype(dtype)
+    weights = jax.random.normal(jax.random.key(3), (3, 2, 5, 8)).astype(dtype)  # the same gradients come in, to the bit
 
     def value(x, kernel):
         parts = linear.multiply_apart(x, kernel, heads=heads, tpu=tpu)
-        return sum((i + 1) * jnp.sum(jnp.sin(part.astype(jnp.float32))) for i, part in enumerate(parts)), parts
+        return sum(jnp.sum(w.reshape(part.shape) * part) for w, part in zip(weights, parts, strict=True)), parts
 
     with jax.set_mesh(sharding.make_mesh(Mesh(data=1, tensor=devices), jax.devices()[:devices])):
         kernel = jax.device_put(kernel, jax.NamedSharding(jax.sharding.get_mesh(), jax.P(None, None, "tensor")))
