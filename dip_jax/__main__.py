@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"dip_jax {command}: {stop}", file=sys.stderr)
         return stop.code
+    except KeyboardInterrupt:  # where a job has nothing to add: before its work, or after
+        print(f"dip_jax {command}: stopped", file=sys.stderr)
+        return Exit.INTERRUPTED
     except UserError as mistake:
         print(f"dip_jax {command}: {mistake}", file=sys.stderr)
         return Exit.USER_ERROR

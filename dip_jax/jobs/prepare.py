@@ -170,7 +170,7 @@ def prepare(
         own = tasks[distributed.index() :: distributed.count()]
         writing.write_all(own, processes=processes or len(os.sched_getaffinity(0)), shown=distributed.is_main())
 
-    with contextlib.ExitStack() as stack:
+    with _explained(partial), contextlib.ExitStack() as stack:
         distributed.on_main(lambda: stack.enter_context(unfinished.locked(partial)))
         distributed.require_shared(epath.Path(partial), flag="--out")
         built = distributed.on_main(open_source)  # alone, as it may have to build the source

@@ -15,8 +15,9 @@ from places import ROOT
 from preparing import COUNTED_JOB, command, content, make_folder
 from source_files import CLASSES, WRITERS, generate
 
-from dip_jax.errors import Exit, UserError
+from dip_jax.errors import Exit, Interrupted, UserError
 from dip_jax.jobs.prepare import prepare
+from dip_jax.runtime import distributed
 
 
 def start_counted(
@@ -90,6 +91,20 @@ def test_a_second_prepare_refuses(tmp_path):
     assert first.wait(60) == Exit.INTERRUPTED
     assert not (tmp_path / "out").exists()
     prepare("folder", root=str(root), image_size=48, out=tmp_path / "out")
+
+
+def test_ctrl_c_before_the_work_says_what_it_says_during_it(tmp_path, monkeypatch):
+    root, out = make_folder(tmp_path / "images", per_class=1), tmp_path / "out"
+
+    def interrupt(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="the same command goes on") as stopped:
+        patch.setattr(distributed, "require_shared", interrupt)  # the lock is held, no image is read
+        prepare("folder", root=str(root), image_size=48, out=out)
+    assert stopped.value.code == Exit.INTERRUPTED and not out.exists()
+    prepare("folder", root=str(root), image_size=48, out=out)
 
 
 def test_a_writer_that_is_killed_leaves_work_that_fewer_finish(tmp_path):

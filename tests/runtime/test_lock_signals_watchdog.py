@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 from etils import epath
 
+from dip_jax.__main__ import main
 from dip_jax.errors import Exit, UserError
+from dip_jax.jobs import info
 from dip_jax.runtime import storage
 from dip_jax.runtime.lock import Lock
 from dip_jax.runtime.signals import Signals
@@ -116,6 +119,16 @@ def test_second_interrupt_ends_at_once(child):
     _, errors = process.communicate(timeout=10)
     assert process.returncode == Exit.INTERRUPTED
     assert "Traceback" not in errors
+
+
+def test_ctrl_c_that_a_job_does_not_answer_is_one_line(monkeypatch, capsys):
+    def run(_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(info, "run", run)
+    assert main(["info"]) == Exit.INTERRUPTED
+    assert capsys.readouterr().err == "dip_jax info: stopped\n"
 
 
 def test_watchdog_names_the_stuck_line_and_ends_the_process(child):
