@@ -4,6 +4,8 @@ With tokens s_l after block l, noisy patches p, head h and the DiT's final layer
     post_hoc       out = h(p, s_L, t)                                                       (1)
     intermediate   s_k <- s_k + Linear(h(p, s_k, t)) for one k, then out = F(s_L)           (2)
     hybrid         (2) at k, then (1) with a head of its own                                (3)
+    residual       out = F(s_L) + h(p, s_L, t)                                              (4)
+The first three are the paper's. The last one is for a DiT that is there already: with h = 0 it is that DiT.
 A new placement is a function here and a row in `PLACEMENTS`.
 """
 
@@ -103,8 +105,14 @@ def hybrid(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Arra
     return MappedHead(model, name="head")(p, tokens, t_emb), tokens
 
 
+def residual(model: config.Model, p: jax.Array, tokens: jax.Array, t_emb: jax.Array, c: Conditioning, along: Along) -> tuple:
+    """Equation (4)."""
+    tokens = run_blocks(model, tokens, c, length=model.depth, name="blocks", along=along)
+    return final(model, tokens, c, p) + MappedHead(model, name="head")(p, tokens, t_emb), tokens
+
+
 # (model, patches, embedded tokens, t_emb, c, along) -> (output patches [B, N, P, P, 3], tokens after the last block [B, N, D]).
-PLACEMENTS: dict[str, Callable] = {"post_hoc": post_hoc, "intermediate": intermediate, "hybrid": hybrid}
+PLACEMENTS: dict[str, Callable] = {"post_hoc": post_hoc, "intermediate": intermediate, "hybrid": hybrid, "residual": residual}
 
 
 def check_placement(model: config.Model) -> None:

@@ -67,7 +67,11 @@ def _workspace(model: dip.DiP, *, params: int, gradients: int, images: int) -> i
     gradients, and what a head after the blocks had kept is gone.
     """
     again, cast = cost.recomputed_bytes_per_image(model), params // 2 if _halves(model) else 0
-    gone = 0 if model.config.head_remat or model.config.placement != "post_hoc" else images * cost.head_bytes_per_image(model)
+    gone = (
+        0
+        if model.config.head_remat or model.config.placement not in ("post_hoc", "residual")
+        else images * cost.head_bytes_per_image(model)
+    )
     return cast + max(images * again["head"] * 5 // 8 - gradients, 2 * images * again["block"] - gone, 0)
 
 
