@@ -20,7 +20,7 @@ CHOICES = {
     "size": tuple(SIZES),
     "image_size": ("64", "128", "256", "512"),
     "head": ("unet", "mlp", "coord_mlp", "attention", "none"),
-    "placement": ("post_hoc", "intermediate", "hybrid"),
+    "placement": ("post_hoc", "intermediate", "hybrid", "residual"),
 }
 
 

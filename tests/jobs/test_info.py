@@ -137,6 +137,7 @@ def test_what_a_head_after_the_blocks_keeps_is_gone_in_their_turn():
     made = cost.recomputed_bytes_per_image(small(depth=4, head="unet", remat="full", head_remat=True))
     assert workspace(head_remat=True) == max(5 * made["head"], 16 * made["block"])
     assert workspace(head_remat=False) == max(16 * made["block"] - 8 * made["head"], 0)
+    assert workspace(head_remat=False, placement="residual") == workspace(head_remat=False)
     assert workspace(head_remat=False, placement="intermediate") == 16 * made["block"]
 
 

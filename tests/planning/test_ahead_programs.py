@@ -23,7 +23,7 @@ TRAINING = {
     "size": (4, 8, 1),
     "mesh": tuple(programs.MESHES),
     "head": ("unet", "mlp", "coord_mlp", "attention", "none"),
-    "placement": ("post_hoc", "intermediate", "hybrid"),
+    "placement": ("post_hoc", "intermediate", "hybrid", "residual"),
     "remat": ("dots", "none", "full"),
     "scan": (True, False),
     "repa": ("", "mlp", "conv"),
