@@ -51,9 +51,11 @@ def test_a_head_that_starts_at_zero_beside_the_final_layer_is_the_dit(dataset, t
     dit, _ = checkpoint.load(tmp_path / "dit")
     x = np.random.default_rng(0).normal(size=(2, *model.config.image_size, 3)).astype(np.float32)
     t, y = np.array([0.2, 0.9], np.float32), np.array([0, 1])
-    np.testing.assert_array_equal(model.apply(params, x, t, y), dit.apply(backbone, x, t, y))
-    params["head"]["out"]["kernel"] += 1e-3
-    assert np.any(model.apply(params, x, t, y) != dit.apply(backbone, x, t, y))
+    expected = dit.apply(backbone, x, t, y)
+    np.testing.assert_allclose(model.apply(params, x, t, y), expected, rtol=0, atol=1e-5)
+    kernel = params["head"]["out"]["kernel"]
+    params = {**params, "head": {**params["head"], "out": {**params["head"]["out"], "kernel": kernel + 1.0}}}
+    assert np.abs(model.apply(params, x, t, y) - expected).max() > 1e-3
 
 
 def test_weights_that_do_not_fit_are_refused_before_compiling(dataset, tmp_path):
