@@ -40,24 +40,6 @@ def test_the_backbone_comes_from_the_checkpoint_and_the_head_from_the_seed(datas
         jax.tree.map(close, params["head"], fresh["head"])
 
 
-def test_a_head_that_starts_at_zero_beside_the_final_layer_is_the_dit(dataset, tmp_path):
-    run = harness.tiny_config(dataset, train__steps=1, optim__learning_rate=1e-30)
-    residual = dataclasses.replace(run.model, head="unet", placement="residual", head_zero_init=True)
-    run = dataclasses.replace(run, model=residual)
-    backbone = dit_only(run, tmp_path / "dit")
-    run = dataclasses.replace(run, train=dataclasses.replace(run.train, init_from=str(tmp_path / "dit")))
-    train.train(run, workdir=tmp_path / "run")
-    model, params = checkpoint.load(tmp_path / "run", weights="initial")
-    dit, _ = checkpoint.load(tmp_path / "dit")
-    x = np.random.default_rng(0).normal(size=(2, *model.config.image_size, 3)).astype(np.float32)
-    t, y = np.array([0.2, 0.9], np.float32), np.array([0, 1])
-    expected = dit.apply(backbone, x, t, y)
-    np.testing.assert_allclose(model.apply(params, x, t, y), expected, rtol=0, atol=1e-5)
-    kernel = params["head"]["out"]["kernel"]
-    params = {**params, "head": {**params["head"], "out": {**params["head"]["out"], "kernel": kernel + 1.0}}}
-    assert np.abs(model.apply(params, x, t, y) - expected).max() > 1e-3
-
-
 def test_weights_that_do_not_fit_are_refused_before_compiling(dataset, tmp_path):
     run = harness.tiny_config(dataset, train__steps=1)
     dit_only(run, tmp_path / "dit", depth=run.model.depth + 1)
