@@ -38,6 +38,7 @@ def forward_flops(model: config.Model) -> dict[str, int]:
     inner = int(2 * int(4 * d) / 3)
     injected = model.placement in ("intermediate", "hybrid")
     before = model.inject_after if injected else model.depth
+    has_final = model.head == "none" or model.placement in ("intermediate", "residual")
 
     def stack(name: str, first: int, last: int) -> dict[str, int]:
         def layers(count: int, tokens: int) -> int:
@@ -57,9 +58,7 @@ def forward_flops(model: config.Model) -> dict[str, int]:
         "internal": n * d * 3 * p * p + 2 * d * d if model.internal else 0,
         "head": 0 if model.placement == "intermediate" else head,
         "subspace": (1 + model.internal) * 2 * n * 3 * p * p * model.subspace_rank if model.prediction == "asym" else 0,
-        "final": n * d * 3 * p * p + 2 * d * d
-        if model.head == "none" or model.placement in ("intermediate", "residual")
-        else 0,
+        "final": n * d * 3 * p * p + 2 * d * d if has_final else 0,
     }
     return {part: 2 * count for part, count in products.items()}
 

@@ -67,11 +67,8 @@ def _workspace(model: dip.DiP, *, params: int, gradients: int, images: int) -> i
     gradients, and what a head after the blocks had kept is gone.
     """
     again, cast = cost.recomputed_bytes_per_image(model), params // 2 if _halves(model) else 0
-    gone = (
-        0
-        if model.config.head_remat or model.config.placement not in ("post_hoc", "residual")
-        else images * cost.head_bytes_per_image(model)
-    )
+    kept = not model.config.head_remat and model.config.placement in ("post_hoc", "residual")
+    gone = images * cost.head_bytes_per_image(model) if kept else 0
     return cast + max(images * again["head"] * 5 // 8 - gradients, 2 * images * again["block"] - gone, 0)
 
 

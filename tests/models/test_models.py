@@ -310,6 +310,16 @@ def test_backbone_starts_from_a_dit_only_checkpoint(place):
         jax.tree.map(np.testing.assert_array_equal, started["final"], backbone["final"])
 
 
+def test_a_head_that_starts_at_zero_beside_the_final_layer_is_the_dit():
+    backbone, dit = random_params(head="none"), small(head="none")
+    model = small(head="unet", placement="residual", head_zero_init=True)
+    started = start(jax.jit(model.init)(jax.random.key(4)), backbone, model=model.config)
+    apply, expected = jax.jit(model.apply), jax.jit(dit.apply)(backbone, *batch())
+    np.testing.assert_array_equal(apply(started, *batch()), expected)
+    started["head"]["out"]["kernel"] += 1
+    assert np.abs(apply(started, *batch()) - expected).max() > 1e-3
+
+
 def test_backbone_of_another_size_is_refused():
     with pytest.raises(UserError, match=r"do not fit this model: .*blocks.* instead of"):
         start(random_params(head="unet"), random_params(head="none", depth=3), model=small(head="unet").config)
