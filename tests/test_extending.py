@@ -150,7 +150,7 @@ def test_a_checkpoint_whose_feature_network_is_gone_still_draws(monkeypatch, dat
     "key, wrong, message",
     [
         ("model.head", "unett", "unet, mlp, coord_mlp, attention, none; did you mean 'unet'"),
-        ("model.placement", "posthoc", "post_hoc, intermediate, hybrid; did you mean 'post_hoc'"),
+        ("model.placement", "posthoc", "post_hoc, intermediate, hybrid, residual; did you mean 'post_hoc'"),
         ("eval.features", "lite", "inception, lite0; did you mean 'lite0'"),
     ],
 )
