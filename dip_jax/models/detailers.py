@@ -18,7 +18,7 @@ from dip_jax.config.checks import one_of
 from dip_jax.errors import UserError
 from dip_jax.models import folding
 from dip_jax.models.layers import RMSNorm, SwiGLU, attend
-from dip_jax.models.linear import INITS, Linear, named, normal, unstack
+from dip_jax.models.linear import INITS, Linear, dot, named, normal, unstack
 from dip_jax.models.rounding import add
 
 
@@ -74,7 +74,7 @@ class UNet(nn.Module):
 
         kernel, bias = Conv((), widths[-1] + model.width, widths[-1], init=model.head_init, name="bottleneck")()
         of_pixels, of_feature = kernel[: widths[-1]], kernel[widths[-1] :]
-        x = nn.silu(add(_product(x, of_pixels), add(_product(s.astype(dtype), of_feature), bias)))
+        x = nn.silu(add(dot(x, of_pixels.astype(dtype)), add(dot(s.astype(dtype), of_feature.astype(dtype)), bias)))
 
         for i in reversed(range(depth)):
             kernel, bias = Conv((3, 3), 2 * widths[i], widths[max(i - 1, 0)], init=model.head_init, name=f"up_{i}")()
@@ -87,11 +87,7 @@ class UNet(nn.Module):
             x = nn.silu(add(below + folding.convolve(skips[i], of_skip), bias))
 
         kernel, bias = Conv((), base, 3, init="zeros" if model.head_zero_init else "fan_in", name="out")()
-        return add(_product(x, kernel), bias)
-
-
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+        return add(dot(x, kernel.astype(x.dtype)), bias)
 
 
 class MLP(nn.Module):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dip_jax import config
+from dip_jax.models.linear import dot
 from dip_jax.models.rounding import add
 from dip_jax.runtime import target
 
@@ -142,7 +143,7 @@ def convolve_transposed(x: jax.Array, up: jax.Array, bias: jax.Array, kernel: ja
     bias = lax.reduce_precision(bias.astype(kernel.dtype), kept.nexp, kept.nmant)
     lifted = up.transpose(2, 0, 1, 3)  # [C, a, b, C]
     if not composes(side, c, o, patches=patches_at_once()):
-        y = lax.dot_general(x, lifted.astype(x.dtype), (((2,), (0,)), ((), ())))  # [r, r, a, b, C]
+        y = dot(x, lifted.astype(x.dtype))  # [r, r, a, b, C]
         y = y.transpose(0, 2, 1, 3, 4).reshape(2 * side, 2 * side, c)
         return convolve(add(y, bias), kernel)
     if side == 1:  # of e a single input meets the four middle taps alone

@@ -88,7 +88,7 @@ def attention_implementation(choice: str, dtype: Any, *, tokens: int, head_dim: 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, choice: str, dtype: Any, frozen: bool = False) -> jax.Array:
     """softmax(q k^T / sqrt(width)) v of [..., N, K, head width], softmax in float32; `frozen`: nobody asks for its gradient."""
-    if target.platform() == "cpu":  # which computes half-precision products in float32 anyway
+    if target.platform() == "cpu":  # where JAX's own products of halves run in float32 anyway: linear.py, `dot`
         q, k, v = (part.astype(jnp.float32) for part in (q, k, v))
     chosen = attention_implementation(choice, dtype, tokens=q.shape[-3], head_dim=q.shape[-1], frozen=frozen)
     with jax.numpy_dtype_promotion("standard"):  # JAX's own function adds bfloat16 to float32

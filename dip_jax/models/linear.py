@@ -4,7 +4,7 @@ Parameters are float32; products run in the module's `dtype`. `PRODUCT` marks wh
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -98,7 +98,38 @@ def unstack(x: jax.Array, axis: int) -> list[jax.Array]:
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., I], kernel [I, *F] -> [..., *F], marked."""
-    return checkpoint_name(lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))), PRODUCT)
+    return checkpoint_name(dot(x, kernel), PRODUCT)
+
+
+def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., I], kernel [I, *F] -> [..., *F] in x's dtype.
+
+    A CPU has units for products of bfloat16 that are summed in float32 (AMX), and XLA uses them where such a sum is asked for;
+    otherwise it computes in float32. Both sum in float32 and round once, here and in the gradients.
+    """
+    return _dot_on_cpu(x, kernel) if x.dtype == jnp.bfloat16 and target.platform() == "cpu" else _plain_dot(x, kernel)
+
+
+def _plain_dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _contract(x: jax.Array, y: jax.Array, of_x: Sequence[int], of_y: Sequence[int]) -> jax.Array:
+    return lax.dot_general(x, y, ((of_x, of_y), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _dot_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _contract(x, kernel, [x.ndim - 1], [0])
+
+
+def _dot_on_cpu_backward(kept: tuple[jax.Array, jax.Array], y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = kept
+    lead = range(x.ndim - 1)
+    return _contract(y, kernel, range(x.ndim - 1, y.ndim), range(1, kernel.ndim)), _contract(x, y, lead, lead)
+
+
+_dot_on_cpu.defvjp(lambda x, kernel: (_dot_on_cpu(x, kernel), (x, kernel)), _dot_on_cpu_backward)
 
 
 @jax.custom_vjp

@@ -2,7 +2,8 @@
 
 A program traced on a laptop for a pod's mesh is then the pod's. Where a program differs by platform, it asks here:
 `models/folding.py` (groups of patches, transposed convolutions), `models/layers.py` (attention), `models/linear.py` (parts of
-fused products), `training/step.py` (whether a branch refuses an update) and `training/state.py` (how kernels lie in memory).
+fused products, sums of halves), `training/step.py` (whether a branch refuses an update) and `training/state.py` (how kernels
+lie in memory).
 """
 
 import contextlib

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_models import assert_same, randomise, small
+from traced import equations
 
 from dip_jax.config import Mesh
 from dip_jax.models import linear
@@ -36,6 +37,37 @@ def test_parts_made_apart_are_those_of_one_product(dtype, tolerance, heads):
     (parts, gradients), expected = (parts_and_gradients(dtype, heads, tpu=tpu) for tpu in (True, False))
     assert parts[0].shape == ((2, 5, 8) if heads is None else (2, 5, heads, 8 // heads))
     assert_same((parts, gradients), expected, tolerance)
+
+
+def test_a_product_of_halves_on_a_cpu_is_that_of_float32_rounded_once():
+    x, kernel = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in ((1, (2, 5, 6)), (2, (6, 3, 8))))
+    weights = jax.random.normal(jax.random.key(3), (2, 5, 3, 8), jnp.bfloat16)
+
+    def found(x, kernel, weights):
+        y, backward = jax.vjp(linear.dot, x, kernel)
+        return y, *backward(weights)
+
+    with jax.set_mesh(sharding.make_mesh(Mesh(), jax.devices()[:1])):
+        ours = jax.jit(found)(x, kernel, weights)
+    exact = jax.jit(found)(*(array.astype(jnp.float32) for array in (x, kernel, weights)))
+    for one, other in zip(ours, exact, strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=2**-8)  # rounded once: half a unit
+
+
+@pytest.mark.parametrize("head", ["unet", "mlp"])
+def test_a_cpu_is_asked_for_sums_in_float32(head):
+    """Where it is not, XLA for CPUs converts both factors first and leaves their units for bfloat16 alone."""
+    model = small(head=head, dtype="bfloat16")
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    given = [jax.ShapeDtypeStruct((2, *model.config.image_size, 3), jnp.float32), jnp.zeros(2), jnp.zeros(2, jnp.int32)]
+    with jax.set_mesh(sharding.make_mesh(Mesh(), jax.devices()[:1])):
+        step = jax.make_jaxpr(jax.grad(lambda params, x, t, y: jnp.sum(model.apply(params, x, t, y))))(params, *given)
+    found = [one for one in equations(step.jaxpr) if one.primitive.name == "dot_general"]
+    halves = [one for one in found if one.invars[0].aval.dtype == jnp.bfloat16]
+    assert len(halves) > 20
+    for one in halves:
+        assert {one.invars[1].aval.dtype, one.outvars[0].aval.dtype} == {jnp.dtype("bfloat16"), jnp.dtype("float32")}, one
 
 
 @pytest.mark.parametrize("tpu", [True, False])
