@@ -5,6 +5,7 @@ Parameters are float32; products run in the module's `dtype`. `PRODUCT` marks wh
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -138,11 +139,14 @@ def products(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(lax.dot_general(x, kernel[:, i], (((x.ndim - 1,), (0,)), ((), ()))) for i in range(kernel.shape[1]))
 
 
-def _products_backward(kept: tuple[jax.Array, jax.Array], ys: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+def _products_backward(
+    kept: tuple[jax.Array, jax.Array], ys: tuple[jax.Array, ...], turned: bool = False
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
-    lead, exact = tuple(range(x.ndim - 1)), {"preferred_element_type": jnp.float32}
-    of_x = [lax.dot_general(y, kernel[:, i], (((x.ndim - 1,), (1,)), ((), ())), **exact) for i, y in enumerate(ys)]
-    of_kernel = jnp.stack([lax.dot_general(x, y, ((lead, lead), ((), ()))) for y in ys], axis=1)
+    lead, features = tuple(range(x.ndim - 1)), 0 if turned else x.ndim - 1
+    of_y, exact = tuple(axis for axis in range(x.ndim) if axis != features), {"preferred_element_type": jnp.float32}
+    of_x = [lax.dot_general(y, kernel[:, i], (((features,), (1,)), ((), ())), **exact) for i, y in enumerate(ys)]
+    of_kernel = jnp.stack([lax.dot_general(x, y, ((lead, of_y), ((), ()))) for y in ys], axis=1)
     return sum(of_x[1:], start=of_x[0]).astype(x.dtype), of_kernel
 
 
@@ -151,16 +155,11 @@ products.defvjp(lambda x, kernel: (products(x, kernel), (x, kernel)), _products_
 
 @jax.custom_vjp
 def turned_products(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
-    """x [..., N, I], kernel [I, n, D] -> n products [..., D, N], the tokens last; otherwise as `products`."""
-    found = (lax.dot_general(kernel[:, i], x, (((0,), (x.ndim - 1,)), ((), ()))) for i in range(kernel.shape[1]))
-    return tuple(jnp.moveaxis(y, 0, -2) for y in found)  # made as [D, ..., N]: so XLA writes the tokens last
+    """x [..., N, I], kernel [I, n, D] -> n products [D, ..., N], the tokens last; otherwise as `products`."""
+    return tuple(lax.dot_general(kernel[:, i], x, (((0,), (x.ndim - 1,)), ((), ()))) for i in range(kernel.shape[1]))
 
 
-def _turned_backward(kept: tuple[jax.Array, jax.Array], ys: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    return _products_backward(kept, tuple(jnp.moveaxis(y, -1, -2) for y in ys))
-
-
-turned_products.defvjp(lambda x, kernel: (turned_products(x, kernel), (x, kernel)), _turned_backward)
+turned_products.defvjp(lambda x, kernel: (turned_products(x, kernel), (x, kernel)), partial(_products_backward, turned=True))
 
 
 class Linear(nn.Module):
@@ -221,8 +220,8 @@ def multiply_apart(x: jax.Array, kernel: jax.Array, *, heads: int | None, tpu: b
         return unstack(y if heads is None else y.reshape(*y.shape[:-1], heads, -1), -2 if heads is None else -3)
     if heads is None:
         return [checkpoint_name(y, PRODUCT) for y in products(x, kernel)]
-    turned = (y.reshape(*y.shape[:-2], heads, -1, y.shape[-1]) for y in turned_products(x, kernel))
-    return [jnp.moveaxis(checkpoint_name(y, PRODUCT), -1, -3) for y in turned]
+    turned = (jnp.moveaxis(checkpoint_name(y, PRODUCT), 0, -2) for y in turned_products(x, kernel))
+    return [jnp.moveaxis(y.reshape(*y.shape[:-2], heads, -1, y.shape[-1]), -1, -3) for y in turned]
 
 
 def modulation(parts: int, width: int, **fields: Any) -> Linear:
