@@ -45,8 +45,9 @@ MESHES = {
     "tensor": config.Mesh(data=-1, tensor=2),
     "mixed": config.Mesh(data=-1, fsdp=2, tensor=2),
 }
-# Products of activations that are float32 by design: attention's logits, t's embedding, the teacher's resize.
-FLOAT32 = r"BTNH,BSNH->BNTS|BNTS,BSNH->BTNH|/condition/time/|bHWc,hH->bhWc|bhWc,wW->bhwc"
+# Products of activations that are float32 by design: attention's logits, the gradient by its softmax, t's embedding, the
+# teacher's resize.
+FLOAT32 = r"BTNH,BSNH->BNTS|qkh,...skh->...kqs|BNTS,BSNH->BTNH|/condition/time/|bHWc,hH->bhWc|bhWc,wW->bhwc"
 # On a TPU the parts of a fused product's gradient by its input are summed in float32 and rounded once (`models/linear.py`).
 SUMMED = r"transpose\(.*/(qkv|gate_up)/dot_general"
 
