@@ -9,7 +9,7 @@
 #   --workdir       where checkpoints, logs and report.html go                        (runs/demo beside this folder)
 #   --quick         leave out the metric row of the raw (not averaged) weights
 #   --dry-run       print what would be run, with the environment
-#   --config.*      overrides of configs/demo.py, such as --config.train.steps=200
+#   --config.*      overrides of configs/demo.py, of both its parts, such as --config.train.steps=200
 set -euo pipefail
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -43,6 +43,7 @@ dip=(act "$ROOT/.venv/bin/python" -m dip_jax)
 [ -z "$dry_run" ] || printf 'cd %q\n' "$ROOT"
 cd "$ROOT"
 "${dip[@]}" prepare --source=photo_crops --image_size=64 --out="$dataset"
-"${dip[@]}" train --config=configs/demo.py --workdir="$workdir" --config.data.path="$dataset" \
-  --config.eval.reference="$dataset/validation" "${train_flags[@]+"${train_flags[@]}"}"
+train_flags=(--config.data.path="$dataset" --config.eval.reference="$dataset/validation" "${train_flags[@]+"${train_flags[@]}"}")
+"${dip[@]}" train --config=configs/demo.py:dit --workdir="$workdir/dit" "${train_flags[@]}"
+"${dip[@]}" train --config=configs/demo.py --init_from="$workdir/dit" --workdir="$workdir" "${train_flags[@]}"
 "${dip[@]}" evaluate --workdir="$workdir" "${evaluate_flags[@]+"${evaluate_flags[@]}"}"
