@@ -42,7 +42,6 @@ from dip_jax.sampling import sample_files, sampler, trajectories
 
 GALLERY = 2000  # training images among which the nearest neighbour of a sample is looked up
 _MOST_CLASSES = 100  # with more, the gallery holds too few images of a class
-_ROWS = {"initial": "untrained (step 0)", "raw": "last weights", "ema": "averaged weights (EMA)"}
 _REAL = "real training images"
 _FRAMES = 4  # samples in the report's trajectory
 
@@ -219,11 +218,11 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     distributed.say(f"reading the newest checkpoint of {flags.workdir}")
     decay = flags.ema_decay
     average = "ema" if decay is None else averages.find(flags.workdir, decay, report=distributed.say)
-    names = _ROWS if decay is None else {**_ROWS, average: f"averaged weights (EMA {decay})"}
     unread = averages.UNREAD[average] if flags.quick else [name for name in averages.NAMES if name != average]
     path = directories.find(flags.workdir, verify=True, report=distributed.say, unread=unread)
     record = checkpoint.read_record(path)
     run = record.config
+    names = averages.titles(run, average, decay)
     count = _wanted(flags, run.eval).num_samples
     weights_of = _rows_of(path, record, average=average, quick=flags.quick)
     distributed.say(f"step {path.name}: {count} samples each of {', '.join(names[weights] for weights in weights_of)}")

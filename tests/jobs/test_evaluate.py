@@ -15,7 +15,7 @@ from faults import harness
 from toy_network import D, halves, network
 
 from dip_jax import config
-from dip_jax.checkpoints import checkpoint
+from dip_jax.checkpoints import averages, checkpoint
 from dip_jax.data import prepared
 from dip_jax.errors import UserError
 from dip_jax.jobs import evaluate as job
@@ -240,6 +240,13 @@ def test_a_dataset_gives_all_its_images_or_a_labelled_choice(dataset):
 
 def rows_of(folder):
     return json.loads((folder / "evaluation.json").read_text())["rows"]
+
+
+def test_a_run_that_began_with_a_model_is_not_called_untrained():
+    fresh, begun = config.Config(), config.Config(train=config.Train(init_from="runs/dit"))
+    assert averages.titles(fresh, "ema", None)["initial"] == "untrained (step 0)"
+    assert averages.titles(begun, "ema", None)["initial"] == "as it began (step 0)"
+    assert averages.titles(begun, "ema_1", 0.99)["ema_1"] == "averaged weights (EMA 0.99)"
 
 
 @pytest.mark.slow
