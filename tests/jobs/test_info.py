@@ -41,7 +41,7 @@ def test_the_command_prints_the_paper_count_as_json(capsys):
 def test_the_command_prints_tables(capsys):
     assert __main__.main(["info", f"--config={CONFIGS / 'demo.py'}"]) == 0
     text = capsys.readouterr().out
-    for part in ("inject_head/down_0/kernel", "GFLOP per image", "activations", "GiB", "over DiT-only"):
+    for part in ("| head/down_0/kernel", "GFLOP per image", "activations", "GiB", "over DiT-only"):
         assert part in text
 
 
