@@ -4,7 +4,7 @@ Command:   bash launch/demo.sh
            (python -m dip_jax train --config=configs/demo.py:dit --workdir=runs/demo/dit, then
            python -m dip_jax train --config=configs/demo.py --init_from=runs/demo/dit --workdir=runs/demo)
 Hardware:  2 CPU cores, 6 GiB of memory
-Expected:  a quarter of an hour; every class plain to see, numbers in README.md
+Expected:  a quarter to a third of an hour; every class plain to see, numbers in README.md
 """
 
 from ml_collections import ConfigDict

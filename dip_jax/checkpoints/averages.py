@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 from etils import epath
 
-from dip_jax import config
 from dip_jax.checkpoints import directories
 from dip_jax.checkpoints.items import read_record
 from dip_jax.config.optim import MOST_AVERAGES
@@ -20,7 +19,6 @@ UNREAD = {  # what a reader of some weights leaves alone
     "raw": NAMES,
     **{name: tuple(item for item in _ARRAYS if item != name) for name in NAMES},
 }
-_TITLES = {"initial": "untrained (step 0)", "raw": "last weights", "ema": "averaged weights (EMA)"}
 
 
 def name_of(decay: float, decays: Sequence[float]) -> str:
@@ -54,9 +52,3 @@ def carried_over(old: Sequence[float], new: Sequence[float]) -> list[str] | None
     if set(new) <= set(old):
         return [name_of(decay, old) for decay in new]
     return list(NAMES[: len(new)]) if len(new) == len(old) == 1 else None
-
-
-def titles(run: config.Config, average: str, decay: float | None) -> dict[str, str]:
-    """What the table calls each kind of weights; a run that began with a model's weights was not untrained at step 0."""
-    begun = {"initial": "as it began (step 0)"} if run.train.init_from else {}
-    return {**_TITLES, **begun} | ({} if decay is None else {average: f"averaged weights (EMA {decay})"})

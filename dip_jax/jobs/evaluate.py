@@ -214,7 +214,7 @@ def _rows_of(path: epath.Path, record: checkpoint.Record, *, average: str, quick
 
 
 def _judge_workdir(flags: absl_flags.FlagValues) -> None:
-    """A row each for real images, the untrained network, the last weights and their average; and the report."""
+    """A row each for real images, the network at step 0, the last weights and their average; and the report."""
     distributed.say(f"reading the newest checkpoint of {flags.workdir}")
     decay = flags.ema_decay
     average = "ema" if decay is None else averages.find(flags.workdir, decay, report=distributed.say)
@@ -222,7 +222,7 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     path = directories.find(flags.workdir, verify=True, report=distributed.say, unread=unread)
     record = checkpoint.read_record(path)
     run = record.config
-    names = averages.titles(run, average, decay)
+    names = report.titles(run, average, decay)
     count = _wanted(flags, run.eval).num_samples
     weights_of = _rows_of(path, record, average=average, quick=flags.quick)
     distributed.say(f"step {path.name}: {count} samples each of {', '.join(names[weights] for weights in weights_of)}")

@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from dip_jax.errors import UserError
 from dip_jax.models.layers import attend, layer_norm
-from dip_jax.models.linear import unstack
+from dip_jax.models.linear import dot, unstack
 from dip_jax.models.patches import patchify
 from dip_jax.models.rounding import spread
 from dip_jax.runtime.sharding import constrain
@@ -290,7 +290,7 @@ def _attention(encoder: DinoV2, params: Params, x: jax.Array, dtype: Any) -> jax
 def _linear(params: Params, x: jax.Array, dtype: Any) -> jax.Array:
     """x [..., I] times the kernel [I, ...], plus the bias."""
     kernel, bias = params["kernel"].astype(dtype), params["bias"].astype(dtype)
-    y = lax.dot_general(x.astype(dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    y = dot(x.astype(dtype), kernel)
     return y + spread(bias, y.ndim)
 
 

@@ -136,7 +136,7 @@ _dot_on_cpu.defvjp(lambda x, kernel: (_dot_on_cpu(x, kernel), (x, kernel)), _dot
 @jax.custom_vjp
 def products(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
     """x [..., I], kernel [I, n, D] -> n products [..., D]. The gradient by x is summed in float32, as that of one product."""
-    return tuple(lax.dot_general(x, kernel[:, i], (((x.ndim - 1,), (0,)), ((), ()))) for i in range(kernel.shape[1]))
+    return tuple(_plain_dot(x, kernel[:, i]) for i in range(kernel.shape[1]))
 
 
 def _products_backward(

@@ -21,6 +21,7 @@ _CURVES = (
     ("images_per_second", "Speed, images per second"),
     ("grad_norm", "Gradient norm"),
 )
+_TITLES = {"initial": "untrained (step 0)", "raw": "last weights", "ema": "averaged weights (EMA)"}
 _PACKAGES = ("dip_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "Pillow")
 
 _STYLE = """
@@ -60,6 +61,12 @@ ul { padding-left: 20px; max-width: 76ch; }
 @media (max-width: 720px) { .class { grid-template-columns: 1fr 1fr; } .name { grid-column: 1 / -1; }
   .curves { grid-template-columns: 1fr; } }
 """
+
+
+def titles(run: Config, average: str, decay: float | None) -> dict[str, str]:
+    """What the table calls each kind of weights; a run that began with a model's weights was not untrained at step 0."""
+    begun = {"initial": "as it began (step 0)"} if run.train.init_from else {}
+    return {**_TITLES, **begun} | ({} if decay is None else {average: f"averaged weights (EMA {decay})"})
 
 
 def write_report(

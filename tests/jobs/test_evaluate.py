@@ -15,7 +15,7 @@ from faults import harness
 from toy_network import D, halves, network
 
 from dip_jax import config
-from dip_jax.checkpoints import averages, checkpoint
+from dip_jax.checkpoints import checkpoint
 from dip_jax.data import prepared
 from dip_jax.errors import UserError
 from dip_jax.jobs import evaluate as job
@@ -23,6 +23,7 @@ from dip_jax.jobs import train
 from dip_jax.metrics import features, image_sets, inputs, npz_files, statistics
 from dip_jax.metrics.judge import Judge
 from dip_jax.models import dip
+from dip_jax.reporting import report
 from dip_jax.runtime import storage
 
 pytestmark = pytest.mark.usefixtures("toy_features")
@@ -244,9 +245,9 @@ def rows_of(folder):
 
 def test_a_run_that_began_with_a_model_is_not_called_untrained():
     fresh, begun = config.Config(), config.Config(train=config.Train(init_from="runs/dit"))
-    assert averages.titles(fresh, "ema", None)["initial"] == "untrained (step 0)"
-    assert averages.titles(begun, "ema", None)["initial"] == "as it began (step 0)"
-    assert averages.titles(begun, "ema_1", 0.99)["ema_1"] == "averaged weights (EMA 0.99)"
+    assert report.titles(fresh, "ema", None)["initial"] == "untrained (step 0)"
+    assert report.titles(begun, "ema", None)["initial"] == "as it began (step 0)"
+    assert report.titles(begun, "ema_1", 0.99)["ema_1"] == "averaged weights (EMA 0.99)"
 
 
 @pytest.mark.slow
