@@ -169,11 +169,13 @@ class Linear(nn.Module):
         features: output axes, e.g. (D,) or (3, D) for queries, keys and values at once.
         axes: logical names of the kernel [I, *features]; the bias takes those of `features`.
         init: row of INITS.
+        marked: rematerialisation "dots" keeps the product.
     """
 
     features: tuple[int, ...]
     axes: Axes
     bias: bool = True
+    marked: bool = True
     init: str = "fan_in"
     dtype: Any = jnp.float32
 
@@ -182,7 +184,7 @@ class Linear(nn.Module):
         fan_in = x.shape[-1]
         kernel_init, bias_init = INITS[self.init](fan_in, math.prod(self.features))
         kernel = self.param("kernel", named(kernel_init, self.axes), (fan_in, *self.features))
-        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = (product if self.marked else dot)(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.bias:
             b = self.param("bias", named(bias_init, self.axes[1:]), self.features)
             y = add(y, b)
