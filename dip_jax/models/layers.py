@@ -109,7 +109,7 @@ def attend_in_few_passes(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
     Of its [K, N, N] numbers the softmax and the gradient by the scores are written once each, in q's dtype, in which products
     read them; JAX's own writes exponentials in float32 and reads them three times. For that the result and the softmax's
-    sums are kept; the product that ends `Attention` is made again from them instead.
+    sums are kept, and the queries are made again instead (`linear.multiply_apart`).
     """
     return _attend(q, k, v)[0]
 
@@ -172,8 +172,7 @@ class Attention(nn.Module):
         if self.lead:
             q, k, v = (constrain(part, *self.lead, "act_heads", None) for part in (q, k, v))
         y = attend(q, k, v, choice=self.implementation, dtype=self.dtype).reshape(*x.shape[:-1], width)
-        again = target.platform() == "tpu"  # what it is made of is kept there
-        return Linear((width,), ("heads", "embed"), marked=not again, dtype=self.dtype, name="proj")(y)
+        return Linear((width,), ("heads", "embed"), dtype=self.dtype, name="proj")(y)
 
 
 class SwiGLU(nn.Module):

@@ -169,13 +169,11 @@ class Linear(nn.Module):
         features: output axes, e.g. (D,) or (3, D) for queries, keys and values at once.
         axes: logical names of the kernel [I, *features]; the bias takes those of `features`.
         init: row of INITS.
-        marked: rematerialisation "dots" keeps the product.
     """
 
     features: tuple[int, ...]
     axes: Axes
     bias: bool = True
-    marked: bool = True
     init: str = "fan_in"
     dtype: Any = jnp.float32
 
@@ -184,7 +182,7 @@ class Linear(nn.Module):
         fan_in = x.shape[-1]
         kernel_init, bias_init = INITS[self.init](fan_in, math.prod(self.features))
         kernel = self.param("kernel", named(kernel_init, self.axes), (fan_in, *self.features))
-        y = (product if self.marked else dot)(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.bias:
             b = self.param("bias", named(bias_init, self.axes[1:]), self.features)
             y = add(y, b)
@@ -222,7 +220,8 @@ def multiply_apart(x: jax.Array, kernel: jax.Array, *, heads: int | None, tpu: b
         return unstack(y if heads is None else y.reshape(*y.shape[:-1], heads, -1), -2 if heads is None else -3)
     if heads is None:
         return [checkpoint_name(y, PRODUCT) for y in products(x, kernel)]
-    turned = (jnp.moveaxis(checkpoint_name(y, PRODUCT), 0, -2) for y in turned_products(x, kernel))
+    queries, *others = turned_products(x, kernel)  # attention keeps its result, and makes the queries again instead
+    turned = (jnp.moveaxis(y, 0, -2) for y in (queries, *(checkpoint_name(y, PRODUCT) for y in others)))
     return [jnp.moveaxis(y.reshape(*y.shape[:-2], heads, -1, y.shape[-1]), -1, -3) for y in turned]
 
 

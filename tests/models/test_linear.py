@@ -130,7 +130,7 @@ def test_rematerialisation_keeps_the_products_and_no_more(platform, qkv, gate_up
 
 
 def test_on_a_tpu_no_more_is_kept_but_the_softmax_s_sums(monkeypatch):
-    """Where 16 images of DiP-XL just fit, attention's result is kept instead of the product that it goes into."""
+    """Where 16 images of DiP-XL just fit, attention's result is kept instead of the queries."""
     numbers = {}
     for platform in ("", "tpu"):
         monkeypatch.setattr(target, "platform", lambda platform=platform: platform)
