@@ -9,7 +9,8 @@
 #   --workdir       where checkpoints, logs and report.html go                        (runs/demo beside this folder)
 #   --quick         leave out the metric row of the raw (not averaged) weights
 #   --dry-run       print what would be run, with the environment
-#   --config.*      overrides of configs/demo.py, of both its parts, such as --config.train.steps=200
+#   --config.*      overrides of configs/demo.py, of both its parts, such as --config.train.steps=200; head and placement
+#                   are each part's own
 set -euo pipefail
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -26,14 +27,18 @@ while [ $# -gt 0 ]; do
     --workdir=*) workdir=${1#*=} ;;
     --workdir) workdir=$2; shift ;;
     --quick) evaluate_flags+=(--quick) ;;
+    --config.model.head=*|--config.model.placement=*) fail "$1: each of the demo's two parts has its own: leave it out" ;;
     --config.*) train_flags+=("$1") ;;
-    -h|--help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h|--help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) fail "unknown argument '$1': see --help" ;;
   esac
   shift
 done
 workdir=$(realpath -m -- "$workdir")
 dataset=$ROOT/datasets/photo_crops
+if [ -e "$workdir/checkpoints" ] && [ ! -e "$workdir/dit/checkpoints" ]; then
+  fail "$workdir holds a run that this demo did not begin (it has no dit/): choose another --workdir"
+fi
 
 act bash "$ROOT/launch/install.sh" --accelerator "$accelerator"
 # shellcheck source=launch/env.sh

@@ -30,7 +30,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ $# -gt 0 ] || fail "which command? Such as: bash launch/local.sh train --config=configs/demo.py --workdir=runs/demo"
+[ $# -gt 0 ] || fail "which command? Such as: bash launch/local.sh train --config=configs/demo.py:dit --workdir=runs/demo/dit"
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes=$processes must be a number from 1"
 
 [ -n "${PYTHON:-}" ] || act bash "$ROOT/launch/install.sh" --accelerator "$accelerator"

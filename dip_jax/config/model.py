@@ -49,7 +49,7 @@ class Model:
     dtype: str = "bfloat16"  # compute; parameters, norms, softmax, RoPE, t and loss stay float32
     attention: str = "auto"  # auto | xla | cudnn
     scan_layers: bool = True  # one compiled block, scanned; False unrolls
-    remat: str = "dots"  # what the backward pass recomputes: none | dots (all but matrix products) | full
+    remat: str = "dots"  # what the backward pass recomputes: none | dots (about all but matrix products) | full
     head_remat: bool = True  # recompute the head in the backward pass
 
     def __post_init__(self):

@@ -207,9 +207,15 @@ def _open_bench(flags: absl_flags.FlagValues, run: config.Config, known: Sequenc
     return _Bench(judge, real, names, notes)
 
 
-def _rows_of(path: epath.Path, record: checkpoint.Record, *, average: str, quick: bool) -> list[str]:
+def _rows_of(path: epath.Path, record: checkpoint.Record, *, average: str, quick: bool, notes: list[str]) -> list[str]:
     """Which weights a step offers, the `average` last: what `convert` wrote was not trained here and has the average alone."""
-    rows = ["initial"] if record.data else []
+    rows = []
+    if record.data:
+        try:
+            checkpoint.find_origin(record.config.train)
+            rows = ["initial"]
+        except UserError as error:
+            notes.append(f"No row of the run as it began: {error}.")
     return rows + (["raw"] if (path / "state").exists() and not quick else []) + [average]
 
 
@@ -224,11 +230,11 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     run = record.config
     names = report.titles(run, average, decay)
     count = _wanted(flags, run.eval).num_samples
-    weights_of = _rows_of(path, record, average=average, quick=flags.quick)
+    notes: list[str] = []
+    weights_of = _rows_of(path, record, average=average, quick=flags.quick, notes=notes)
     distributed.say(f"step {path.name}: {count} samples each of {', '.join(names[weights] for weights in weights_of)}")
     bench = distributed.on_main(lambda: _open_bench(flags, run, record.classes))
     rows: list[dict[str, Any]] = []
-    notes: list[str] = []
     shown: dict[str, list[tuple[np.ndarray, int]]] = {"real": []}
 
     def judge(name: str, images: ImageSet) -> None:
@@ -259,7 +265,9 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
 def _write_workdir(flags, run, bench, rows, notes, *, step, shown, samples, model, params) -> None:
     """The table and the report; `shown` holds pictures by row, `samples` is the last row's set, drawn from `params`."""
     workdir = storage.absolute(flags.workdir)
-    settings, protocol = _sampling(run, seed=flags.seed, step=step, dtype=model.config.dtype), bench.judge.protocol()
+    nfe = dict(zip(("conditional", "unconditional"), sampler.nfe(run.sample), strict=True))
+    how = {"nfe": nfe, "seed": flags.seed, "step": step, "dtype": model.config.dtype}
+    settings, protocol = dataclasses.asdict(run.sample) | how, bench.judge.protocol()
     sampling = {row["row"]: settings for row in rows if row["row"] != _REAL}
     _tell(rows, protocol, notes, sampling, out=flags.out or workdir / "evaluation.json")
     labels = samples.labels[:_FRAMES]
@@ -276,16 +284,6 @@ def _write_workdir(flags, run, bench, rows, notes, *, step, shown, samples, mode
         notes=[*notes, *console.behind(protocol, sampling)],
     )
     distributed.say(f"wrote {file}")
-
-
-def _sampling(run: config.Config, *, seed: int, step: str, dtype: str) -> dict[str, Any]:
-    conditional, unconditional = sampler.nfe(run.sample)
-    return dataclasses.asdict(run.sample) | {
-        "nfe": {"conditional": conditional, "unconditional": unconditional},
-        "seed": seed,
-        "step": step,
-        "dtype": dtype,
-    }
 
 
 def _tell(rows: Sequence[Mapping], protocol: Mapping, notes: Sequence[str], sampling: Mapping, *, out: Any) -> None:

@@ -1,8 +1,9 @@
 """Train a model, or go on where it stopped.
 
 Examples:
-  python -m dip_jax train --config=configs/demo.py --workdir=runs/demo
-  python -m dip_jax train --config=configs/demo.py --workdir=runs/demo --config.train.steps=4000 --allow_change=train.steps
+  python -m dip_jax train --config=configs/demo.py:dit --workdir=runs/demo/dit
+  python -m dip_jax train --config=configs/demo.py:dit --workdir=runs/demo/dit \\
+      --config.train.steps=4000 --allow_change=train.steps
 
 The same command goes on after Ctrl-C (saves first), SIGTERM or SIGUSR1 (saves, exit code 85), or a crash: bit-exact on the same
 devices. Options that decide what is learnt may not change within a workdir; --allow_change names those that may, one by one.

@@ -132,8 +132,8 @@ def projector_flops(projector: Projector) -> int:
 def activation_bytes_per_image(model: Any) -> int:
     """Bytes that the forward pass keeps for the backward pass, per image, under the model's rematerialisation.
 
-    Exact for what JAX saves (abstract tracing of two batch sizes; what does not grow with the batch is parameters); what XLA
-    needs while it computes comes on top: `recomputed_bytes_per_image`.
+    Exact for what JAX saves, but for the softmax's sums on a TPU (abstract tracing of two batch sizes; what does not grow with
+    the batch is parameters); what XLA needs while it computes comes on top: `recomputed_bytes_per_image`.
     """
     return _saved(model, _MANY + 1) - _saved(model, _MANY)
 

@@ -1,5 +1,6 @@
 """The evaluate command and its public function, with a feature network small enough to compute by hand."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -23,7 +24,6 @@ from dip_jax.jobs import train
 from dip_jax.metrics import features, image_sets, inputs, npz_files, statistics
 from dip_jax.metrics.judge import Judge
 from dip_jax.models import dip
-from dip_jax.reporting import report
 from dip_jax.runtime import storage
 
 pytestmark = pytest.mark.usefixtures("toy_features")
@@ -243,13 +243,6 @@ def rows_of(folder):
     return json.loads((folder / "evaluation.json").read_text())["rows"]
 
 
-def test_a_run_that_began_with_a_model_is_not_called_untrained():
-    fresh, begun = config.Config(), config.Config(train=config.Train(init_from="runs/dit"))
-    assert report.titles(fresh, "ema", None)["initial"] == "untrained (step 0)"
-    assert report.titles(begun, "ema", None)["initial"] == "as it began (step 0)"
-    assert report.titles(begun, "ema_1", 0.99)["ema_1"] == "averaged weights (EMA 0.99)"
-
-
 @pytest.mark.slow
 def test_a_workdir_gives_a_row_per_weights_and_a_report(tmp_path, capsys):
     data = harness.make_dataset(tmp_path / "set")
@@ -266,6 +259,24 @@ def test_a_workdir_gives_a_row_per_weights_and_a_report(tmp_path, capsys):
     assert sampling["steps"] == 2 and sampling["nfe"] == {"conditional": 2, "unconditional": 1} and sampling["step"] == "2"
     assert "averaged weights (EMA)" in (tmp_path / "run" / "report.html").read_text()
     assert "untrained" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_whose_first_weights_are_gone_is_judged_without_them(dataset, tmp_path):
+    run = harness.tiny_config(dataset, train__steps=1, eval__reference=str(dataset), eval__num_samples=8)
+    train.train(run, workdir=tmp_path / "first")
+    begun = dataclasses.replace(run.train, init_from=str(tmp_path / "first"))
+    train.train(dataclasses.replace(run, train=begun), workdir=tmp_path / "second")
+    for moved in (False, True):
+        if moved:
+            (tmp_path / "first").rename(tmp_path / "elsewhere")
+        command(f"--workdir={tmp_path}/second", f"--cache={tmp_path}/cache", "--quick")
+        names = ["real training images", "as it began (step 0)", "averaged weights (EMA)"]
+        assert [row["row"] for row in rows_of(tmp_path / "second")] == [
+            name for name in names if not moved or "began" not in name
+        ]
+    (note,) = [n for n in json.loads((tmp_path / "second" / "evaluation.json").read_text())["notes"] if "began" in n]
+    assert note.startswith("No row of the run as it began") and "first is no directory" in note
 
 
 def test_converted_weights_are_judged_without_data_or_a_training_state(dataset, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -101,6 +102,18 @@ def test_coordinator_and_counts_are_shown(checkout):
         )
     slurm = checkout.bash("launch/slurm.sbatch", "train", "--dry-run", PYTHON="python", **JOB)
     assert "JAX_COORDINATOR_ADDRESS=FIRST_NODE:20007 " in slurm and "SLURM_STEP_NUM_TASKS" in slurm and ": 2\n" in slurm
+
+
+def test_the_second_part_of_the_demo_begins_with_the_first(checkout):
+    printed = checkout.bash("launch/demo.sh", "--workdir=run", "--dry-run").splitlines()
+    first, second = [shlex.split(line) for line in printed if " train " in line]
+    (dit,) = [word.removeprefix("--workdir=") for word in first if word.startswith("--workdir=")]
+    assert "--config=configs/demo.py:dit" in first and not [word for word in first if "init_from" in word]
+    assert (
+        "--config=configs/demo.py" in second
+        and f"--init_from={dit}" in second
+        and f"--workdir={dit.removesuffix('/dit')}" in second
+    )
 
 
 def test_an_environment_that_is_there_needs_nothing(checkout):

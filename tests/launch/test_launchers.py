@@ -34,6 +34,21 @@ def test_help_from_another_directory(script, tmp_path):
     assert "#" not in done.stdout and "set -" not in done.stdout  # the comment, all of it and nothing else
 
 
+@pytest.mark.parametrize("flag", ["--config.model.head=mlp", "--config.model.placement=hybrid"])
+def test_the_demo_refuses_what_would_part_its_parts(flag):
+    done = bash(str(ROOT / "launch" / "demo.sh"), "--dry-run", flag)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"demo.sh: {flag}: each of the demo's two parts has its own")
+
+
+def test_the_demo_refuses_a_run_that_is_not_its_own(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    done = bash(str(ROOT / "launch" / "demo.sh"), "--dry-run", f"--workdir={tmp_path}")
+    assert done.returncode == 2 and done.stdout == "" and "choose another --workdir" in done.stderr
+    (tmp_path / "dit" / "checkpoints").mkdir(parents=True)
+    assert bash(str(ROOT / "launch" / "demo.sh"), "--dry-run", f"--workdir={tmp_path}").returncode == 0
+
+
 def test_no_personal_paths_no_sudo():
     for file in (ROOT / "launch").rglob("*"):
         if file.is_file():

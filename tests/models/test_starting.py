@@ -1,13 +1,17 @@
 """Weights from another model: of other classes, resolution or patch size."""
 
+import runpy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from places import ROOT
 from small_models import COMBINATIONS, small
 
+from dip_jax import config
 from dip_jax.errors import UserError
-from dip_jax.models import starting
+from dip_jax.models import dip, starting
 
 
 def weights(model, seed=0):
@@ -131,3 +135,18 @@ def test_what_the_same_weights_mean_otherwise_is_said():
 def test_another_width_is_refused():
     with pytest.raises(UserError, match="do not fit this model: condition"):
         begin(small(), small(width=64))
+
+
+@pytest.mark.parametrize("name", ["demo", "released"])
+def test_the_second_part_of_a_config_goes_on_with_all_that_the_first_learnt(name):
+    """All but the head, which begins at zero: the first prediction is the DiT's."""
+    get_config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]
+    first, second = (dip.from_config(config.from_config_dict(get_config(part)).model) for part in ("dit", ""))
+    params, started, said = begin(first, second)
+    assert said == "the backbone; a new head" and set(started) - set(params) == {"head"}
+    for part in params:
+        jax.tree.map(np.testing.assert_array_equal, started[part], params[part])
+    fresh = jax.jit(second.init)(jax.random.key(0))
+    x = np.random.default_rng(0).standard_normal((2, *first.config.image_size, 3)).astype(np.float32)
+    begun = {**started, "head": fresh["head"]}
+    np.testing.assert_allclose(answer(second, begun, x, [0, 9]), answer(first, params, x, [0, 9]), rtol=0.05, atol=0.05)

@@ -183,3 +183,10 @@ def test_screenshot_shows_the_samples_colours(tmp_path):
     pixels = np.asarray(Image.open(shot).convert("RGB"))
     for colour in pictures(3).images[:, 0, 0]:
         assert (np.abs(pixels.astype(int) - colour).max(-1) < 8).mean() > 0.01
+
+
+def test_a_run_that_began_with_a_model_is_not_called_untrained():
+    fresh, begun = config.Config(), config.Config(train=config.Train(init_from="runs/dit"))
+    assert report.titles(fresh, "ema", None)["initial"] == "untrained (step 0)"
+    assert report.titles(begun, "ema", None)["initial"] == "as it began (step 0)"
+    assert report.titles(begun, "ema_1", 0.99)["ema_1"] == "averaged weights (EMA 0.99)"
