@@ -48,7 +48,7 @@ def _without_pictures(cell):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", ["post_hoc", "intermediate"])
+@pytest.mark.parametrize("placement", ["post_hoc", "residual", "intermediate"])
 def test_it_runs_from_top_to_bottom(notebook, tmp_path, placement):
     """With a tiny model of every part that the notebook looks at; only sizes and counts differ from the released one's."""
     fields = {"size": "tiny", "depth": 1, "width": 16, "num_heads": 1, "patch_size": 8, "image_size": (16, 16)}
