@@ -36,16 +36,16 @@ def get_config(part: str = "") -> ConfigDict:
     config.data.update(path="datasets/photo_crops", source="photo_crops", batch_size=16, num_threads=2)
     config.checkpoint.update(every_steps=500, keep_last=2)
     # The layout comes first, in the noise: more steps there, and guidance until only detail is left.
-    config.sample.update(steps=16, t_shift=2.0, guidance=4.0, interval=(0.0, 0.7), batch_size=100)
+    config.sample.update(steps=10, t_shift=2.0, guidance=4.0, interval=(0.0, 0.7), batch_size=100)
     config.eval.update(reference="datasets/photo_crops/validation", num_samples=500)
     if part == "dit":  # half of a step's price is the DiT's: most of what is to be learnt, it learns alone
         config.model.update(head="none")
         config.optim.update(learning_rate=2e-3, warmup_steps=200)
-        config.train.update(steps=2600, log_every=50, sample_every=1300)
+        config.train.update(steps=3000, log_every=50, sample_every=1500)
         return config
     # After the blocks, where the paper has it, but added to what the DiT draws, and zero at first: there everything that the
     # DiT knows of a patch need not pass the U-Net's narrowest level, which takes weeks to learn.
     config.model.update(placement="residual", head_width=16, head_init="he", head_zero_init=True, t_clip=0.15)
     config.optim.update(learning_rate=1e-3, warmup_steps=50)
-    config.train.update(steps=500, log_every=50, sample_every=250)
+    config.train.update(steps=500, log_every=50, sample_every=500)
     return config
