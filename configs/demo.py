@@ -20,7 +20,7 @@ def get_config(part: str = "") -> ConfigDict:
         raise ValueError(f"configs/demo.py:{part}: {part!r} is not dit")
     config = defaults()
     # A token must hold what is drawn in its patch: 1152 numbers hold 768 in the paper, here 256 hold 192. Patches of 16
-    # would leave 16 tokens of 64 pixels squared, where the paper has 256.
+    # would leave an image of 64 by 64 pixels 16 tokens, where the paper's has 256.
     config.model.update(size="tiny", depth=4, width=256, num_heads=4, patch_size=8, image_size=(64, 64), num_classes=10)
     # Predicting the image rather than the velocity learns fastest in tokens so narrow; the high floor keeps times close to 1,
     # where there is little left to say, from drowning the others.

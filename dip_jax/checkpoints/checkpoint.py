@@ -217,8 +217,8 @@ def load(
     return model, items.read_arrays(path / "state", {"params": params}, partial=True)["params"]
 
 
-def find_origin(train: Train) -> epath.Path | None:
-    """The checkpoint that `read_origin` reads, whole by its manifest; None where a run starts from its seed.
+def read_origin(train: Train) -> starting.Origin | None:
+    """The model whose weights a run starts from (`train.init_from`, `train.init_weights`); None where it starts from its seed.
 
     Raises:
         UserError: as `load`.
@@ -226,18 +226,7 @@ def find_origin(train: Train) -> epath.Path | None:
     if not train.init_from:
         return None
     unread = ITEMS_UNREAD[train.init_weights]
-    return directories.find(train.init_from, verify=True, report=distributed.say, unread=unread)
-
-
-def read_origin(train: Train) -> starting.Origin | None:
-    """The model whose weights a run starts from (`train.init_from`, `train.init_weights`); None where it starts from its seed.
-
-    Raises:
-        UserError: as `load`.
-    """
-    path = find_origin(train)
-    if path is None:
-        return None
+    path = directories.find(train.init_from, verify=True, report=distributed.say, unread=unread)
     model, params = load(path, weights=train.init_weights, verify=False)
     return starting.Origin(model.config, params, read_record(path).classes)
 

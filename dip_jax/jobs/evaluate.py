@@ -207,15 +207,9 @@ def _open_bench(flags: absl_flags.FlagValues, run: config.Config, known: Sequenc
     return _Bench(judge, real, names, notes)
 
 
-def _rows_of(path: epath.Path, record: checkpoint.Record, *, average: str, quick: bool, notes: list[str]) -> list[str]:
+def _rows_of(path: epath.Path, record: checkpoint.Record, *, average: str, quick: bool) -> list[str]:
     """Which weights a step offers, the `average` last: what `convert` wrote was not trained here and has the average alone."""
-    rows = []
-    if record.data:
-        try:
-            checkpoint.find_origin(record.config.train)
-            rows = ["initial"]
-        except UserError as error:
-            notes.append(f"No row of the run as it began: {error}.")
+    rows = ["initial"] if record.data else []
     return rows + (["raw"] if (path / "state").exists() and not quick else []) + [average]
 
 
@@ -230,11 +224,11 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     run = record.config
     names = report.titles(run, average, decay)
     count = _wanted(flags, run.eval).num_samples
-    notes: list[str] = []
-    weights_of = _rows_of(path, record, average=average, quick=flags.quick, notes=notes)
+    weights_of = _rows_of(path, record, average=average, quick=flags.quick)
     distributed.say(f"step {path.name}: {count} samples each of {', '.join(names[weights] for weights in weights_of)}")
     bench = distributed.on_main(lambda: _open_bench(flags, run, record.classes))
     rows: list[dict[str, Any]] = []
+    notes: list[str] = []
     shown: dict[str, list[tuple[np.ndarray, int]]] = {"real": []}
 
     def judge(name: str, images: ImageSet) -> None:
@@ -249,7 +243,13 @@ def _judge_workdir(flags: absl_flags.FlagValues) -> None:
     drawn = {"seed": flags.seed, "options": run.sample}
     for weights in weights_of:
         dtype = "float32" if flags.precision == "highest" else None
-        model, params = checkpoint.load(path, weights=weights, dtype=dtype, verify=False)
+        try:
+            model, params = checkpoint.load(path, weights=weights, dtype=dtype, verify=False)
+        except UserError as error:
+            if weights != "initial":
+                raise
+            notes.append(f"No row of the run as it began: {error}.")  # the model that it began with is gone
+            continue
         samples = inputs.drawn_samples(model, params, count=count, name=names[weights], **drawn)
         if bench:
             judge(weights, samples)
