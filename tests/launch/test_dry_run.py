@@ -21,7 +21,7 @@ LAUNCHERS = {
     "local, chosen": ("local.sh", ["--accelerator=cuda", "info", "--x"], {"XLA_FLAGS": "--xla=1 2", "NCCL_DEBUG": "INFO"}),
     "local, several": ("local.sh", ["--processes=2", "--logs=my logs", "train", "--config=a b.py"], {}),
     "slurm": ("slurm.sbatch", ["train", "--config=a b.py"], JOB),
-    "demo": ("demo.sh", ["--quick", "--workdir=my run", "--config.train.steps=2"], {}),
+    "demo": ("demo.sh", ["--workdir=my run", "--config.train.steps=2"], {}),
     "install": ("install.sh", ["--accelerator=cpu", "--extra", "test"], {}),
     "test": ("test.sh", ["-k", "a b"], {}),
 }
