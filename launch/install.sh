@@ -66,6 +66,6 @@ if command -v uv >/dev/null; then
   VIRTUAL_ENV=$ROOT/.venv step uv pip install --quiet --editable "$package"
 else
   [ -x "$ROOT/.venv/bin/pip" ] || step "$python" -m venv "$ROOT/.venv"
-  step "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$package"
+  step "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --editable "$package"
 fi
 [ -n "$dry_run" ] || echo "$wanted" >>"$stamp"

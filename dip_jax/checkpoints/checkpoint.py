@@ -33,7 +33,7 @@ from dip_jax.config import Checkpoint, Config, Train
 from dip_jax.config.checks import one_of
 from dip_jax.errors import Exit, Interrupted, UserError, cause, reason
 from dip_jax.models import asym, dip, starting
-from dip_jax.runtime import distributed, sharding, storage
+from dip_jax.runtime import distributed, sharding, storage, target
 from dip_jax.typing import Params
 
 NAMES, ITEMS_UNREAD = averages.NAMES, averages.UNREAD  # by weights of `load`
@@ -204,7 +204,8 @@ def load(
     record = read_record(path)
     model = dip.from_config(dataclasses.replace(record.config.model, dtype=dtype or record.config.model.dtype))
     if weights == "initial":
-        params = jax.jit(model.init)(jax.random.key(record.config.train.seed))
+        once = target.once_options(jax.default_backend())
+        params = jax.jit(model.init, compiler_options=once)(jax.random.key(record.config.train.seed))
         if origin := read_origin(record.config.train):
             started, _ = starting.begin(params, origin, model=model.config, classes=record.classes)
             params = jax.tree.map(jnp.asarray, started)

@@ -25,6 +25,7 @@ def platform() -> str:
 # A TPU core's own memory in KiB (`vmem_capacity_bytes` in jax/_src/pallas/mosaic/tpu_info.py), by JAX's name of the device.
 _VECTOR_MEMORY = {"TPU v5": 64 * 1024, "TPU v5p": 64 * 1024, "TPU v5 lite": 128 * 1024, "TPU v6 lite": 128 * 1024}
 _LIMIT = "xla_tpu_scoped_vmem_limit_kib"
+_LEVEL = "xla_backend_optimization_level"
 
 
 def compiler_options(kind: str) -> dict[str, str]:
@@ -37,6 +38,15 @@ def compiler_options(kind: str) -> dict[str, str]:
     if memory is None or _LIMIT in os.environ.get("LIBTPU_INIT_ARGS", ""):
         return {}
     return {_LIMIT: str(memory // 2)}
+
+
+def once_options(platform: str) -> dict[str, int]:
+    """What XLA is told for a program that runs once, such as that of the first weights: on a CPU, to be done with it soon.
+
+    A U-Net's weights by seed compile in 7 instead of 18 seconds so, to the same bits: LLVM's first level of optimisation
+    leaves out loops' transformations, no rounding. A level in XLA_FLAGS stands.
+    """
+    return {_LEVEL: 1} if platform == "cpu" and _LEVEL not in os.environ.get("XLA_FLAGS", "") else {}
 
 
 @contextlib.contextmanager

@@ -121,7 +121,10 @@ def init_sharded(
 ) -> TrainState:
     """`create_state` compiled so that every array is born where `shardings` puts it; same values on every mesh."""
     options = {"alignment": alignment, "averages": len(shardings.emas)}
-    create = jax.jit(functools.partial(create_state, model, optimizer, **options), out_shardings=shardings)
+    once = target.once_options(shardings.step.mesh.devices.flat[0].platform)
+    create = jax.jit(
+        functools.partial(create_state, model, optimizer, **options), out_shardings=shardings, compiler_options=once
+    )
     return create(jax.random.key(seed))
 
 

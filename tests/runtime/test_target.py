@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from small_models import small
@@ -85,3 +86,13 @@ def test_a_tpu_s_compiler_may_fill_half_of_its_own_memory(kind, limit, monkeypat
     assert target.compiler_options(kind) == ({} if limit is None else {"xla_tpu_scoped_vmem_limit_kib": str(limit)})
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=98304")
     assert target.compiler_options(kind) == {}, "what the user says stands"
+
+
+def test_what_runs_once_is_compiled_quickly_to_the_same_bits(monkeypatch):
+    model, key = small(head="unet"), jax.random.key(3)
+    assert target.once_options("cpu") == {}  # the tests have a level of their own in XLA_FLAGS
+    monkeypatch.delenv("XLA_FLAGS")
+    assert target.once_options("gpu") == target.once_options("tpu") == {}
+    usual = {"xla_backend_optimization_level": 3}
+    plain, quick = (jax.jit(model.init, compiler_options=each)(key) for each in (usual, target.once_options("cpu")))
+    jax.tree.map(np.testing.assert_array_equal, plain, quick)
