@@ -3,7 +3,7 @@
 Command:   python -m dip_jax train --config=configs/released.py:dit --workdir=runs/released_dit
            python -m dip_jax train --config=configs/released.py --init_from=runs/released_dit --workdir=runs/released
 Hardware:  2 CPU cores, 3 GiB of memory
-Expected:  two to three hours on two cores; numbers in released/README.md
+Expected:  two hours on two quiet cores, three beside other work; numbers in released/README.md
 """
 
 from ml_collections import ConfigDict
