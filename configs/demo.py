@@ -40,7 +40,7 @@ def get_config(part: str = "") -> ConfigDict:
     config.eval.update(reference="datasets/photo_crops/validation", num_samples=500)
     if part == "dit":  # half of a step's price is the DiT's: most of what is to be learnt, it learns alone
         config.model.update(head="none")
-        config.optim.update(warmup_steps=200)  # constant after that: the rate falls once, at the end of the second part
+        config.optim.update(warmup_steps=200)  # constant after that: it decays in the second part alone
         config.train.update(steps=2800, log_every=50, sample_every=2800)
         return config
     # After the blocks, where the paper has it, but added to what the DiT draws, and zero at first: there everything that the

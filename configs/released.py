@@ -3,7 +3,7 @@
 Command:   python -m dip_jax train --config=configs/released.py:dit --workdir=runs/released_dit
            python -m dip_jax train --config=configs/released.py --init_from=runs/released_dit --workdir=runs/released
 Hardware:  2 CPU cores, 3 GiB of memory
-Expected:  two hours on two quiet cores, three beside other work; numbers in released/README.md
+Expected:  two to three hours on two quiet cores, longer beside other work; numbers in released/README.md
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,7 @@ def get_config(part: str = "") -> ConfigDict:
     config.optim.update(schedule="cosine", grad_clip=1.0, ema_decays=(0.999,), ema_warmup=True)
     config.data.update(path="datasets/photo_crops", source="photo_crops", batch_size=16, num_threads=2)
     config.checkpoint.update(every_steps=1000, keep_last=2)
-    config.sample.update(steps=32, guidance=3.0, interval=(0.0, 0.7), batch_size=100)
+    config.sample.update(steps=32, guidance=4.0, interval=(0.0, 0.7), batch_size=100)
     config.eval.update(reference="datasets/photo_crops/validation", num_samples=500)
     if part == "dit":  # half of a step's price is the DiT's: most of what is to be learnt, it learns alone
         config.model.update(head="none")
@@ -39,6 +39,6 @@ def get_config(part: str = "") -> ConfigDict:
         return config
     # The U-Net begins at zero, where the model is the DiT; what it adds it reads from the noisy pixels, mostly at late times.
     config.model.update(placement="residual", head_width=16, head_init="he", head_zero_init=True, t_clip=0.15)
-    config.optim.update(learning_rate=1e-3, warmup_steps=100)
-    config.train.update(steps=16_000, log_every=100, sample_every=4000)
+    config.optim.update(learning_rate=1e-3, warmup_steps=100, b2=0.95)
+    config.train.update(steps=20_000, log_every=100, sample_every=4000)
     return config

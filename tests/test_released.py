@@ -34,7 +34,8 @@ def test_its_card_is_complete_and_says_what_the_checkpoint_says():
     record = checkpoint.read_record(epath.Path(RELEASED))
     assert all(re.search(rf"^{i}\. {name}$", card, flags=re.MULTILINE) for i, name in enumerate(record.classes))
     drawing = record.config.sample
-    assert f"steps={drawing.steps}, guidance={drawing.guidance}, interval={drawing.interval}" in card
+    assert f"steps={drawing.steps}, guidance={drawing.guidance}, interval={drawing.interval}, t_shift={drawing.t_shift}" in card
+    assert f"then {record.config.train.steps:,} with the head" in card
     _, params = dip_jax.load(RELEASED)
     assert f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}" in card
     for picture in re.findall(r"!\[[^]]*\]\((.*?)\)", card):

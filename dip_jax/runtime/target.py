@@ -2,8 +2,8 @@
 
 A program traced on a laptop for a pod's mesh is then the pod's. Where a program differs by platform, it asks here:
 `models/folding.py` (groups of patches, transposed convolutions), `models/layers.py` (attention), `models/linear.py` (parts of
-fused products, sums of halves), `training/step.py` (whether a branch refuses an update) and `training/state.py` (how kernels
-lie in memory).
+fused products, sums of halves), `training/step.py` (whether a branch refuses an update), `training/state.py` (how kernels
+lie in memory, how fast first weights are compiled) and `checkpoints/checkpoint.py` (the latter).
 """
 
 import contextlib
@@ -41,10 +41,10 @@ def compiler_options(kind: str) -> dict[str, str]:
 
 
 def once_options(platform: str) -> dict[str, int]:
-    """What XLA is told for a program that runs once, such as that of the first weights: on a CPU, to be done with it soon.
+    """What XLA is told for a program that runs once on `platform`, such as that of the first weights: on a CPU, to be quick.
 
-    A U-Net's weights by seed compile in 7 instead of 18 seconds so, to the same bits: LLVM's first level of optimisation
-    leaves out loops' transformations, no rounding. A level in XLA_FLAGS stands.
+    A U-Net's weights by seed compile in 7 instead of 18 seconds at LLVM's first level of optimisation, to the same bits
+    (tests/runtime/test_target.py). A level in XLA_FLAGS stands.
     """
     return {_LEVEL: 1} if platform == "cpu" and _LEVEL not in os.environ.get("XLA_FLAGS", "") else {}
 

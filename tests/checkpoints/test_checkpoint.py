@@ -358,6 +358,17 @@ def test_load_needs_nothing_but_a_path(pristine, trained, copy):
     assert same(checkpoint.load(pristine, weights="initial")[1], jax.jit(MODEL.init)(jax.random.key(CONFIG.train.seed)))
 
 
+def test_first_weights_are_compiled_quickly(pristine, monkeypatch):
+    """Those of a run and those of `load`: what runs once on a CPU need not be fast."""
+    real, told = jax.jit, []
+    monkeypatch.setattr(jax, "jit", lambda f, **options: told.append(options.get("compiler_options")) or real(f, **options))
+    monkeypatch.delenv("XLA_FLAGS")  # the tests' own level stands
+    checkpoint.load(pristine, weights="initial")
+    assert told.count({"xla_backend_optimization_level": 1}) == 1
+    state.init_sharded(MODEL, OPTIMIZER, 0, jax.tree.map(lambda x: x.sharding, abstract(config.Mesh())))
+    assert told.count({"xla_backend_optimization_level": 1}) == 2
+
+
 def test_load_in_another_compute_dtype(pristine, trained):
     """The weights stay what they are; the products are those of a model built with that dtype."""
     inputs = jnp.ones((1, *MODEL.config.image_size, 3)), jnp.full(1, 0.5), jnp.zeros(1, jnp.int32)

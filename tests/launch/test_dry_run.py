@@ -110,6 +110,8 @@ def test_the_second_part_of_the_demo_begins_with_the_first(checkout):
     (dit,) = [word.removeprefix("--workdir=") for word in first if word.startswith("--workdir=")]
     assert "--config=configs/demo.py:dit" in first and not [word for word in first if "init_from" in word]
     assert {"--config=configs/demo.py", f"--init_from={dit}", f"--workdir={dit.removesuffix('/dit')}"} <= set(second)
+    (judged,) = [shlex.split(line) for line in printed if " evaluate " in line]
+    assert "--quick" in judged  # the row of the last weights takes a minute of the quarter of an hour
 
 
 def test_an_environment_that_is_there_needs_nothing(checkout):

@@ -93,6 +93,7 @@ def test_what_runs_once_is_compiled_quickly_to_the_same_bits(monkeypatch):
     assert target.once_options("cpu") == {}  # the tests have a level of their own in XLA_FLAGS
     monkeypatch.delenv("XLA_FLAGS")
     assert target.once_options("gpu") == target.once_options("tpu") == {}
+    assert target.once_options("cpu") == {"xla_backend_optimization_level": 1}
     usual = {"xla_backend_optimization_level": 3}
     plain, quick = (jax.jit(model.init, compiler_options=each)(key) for each in (usual, target.once_options("cpu")))
     jax.tree.map(np.testing.assert_array_equal, plain, quick)
