@@ -39,6 +39,6 @@ def get_config(part: str = "") -> ConfigDict:
         return config
     # The U-Net begins at zero, where the model is the DiT; what it adds it reads from the noisy pixels, mostly at late times.
     config.model.update(placement="residual", head_width=16, head_init="he", head_zero_init=True, t_clip=0.15)
-    config.optim.update(learning_rate=1e-3, warmup_steps=100, b2=0.95)
-    config.train.update(steps=20_000, log_every=100, sample_every=4000)
+    config.optim.update(learning_rate=1e-3, warmup_steps=100)
+    config.train.update(steps=16_000, log_every=100, sample_every=4000)
     return config
