@@ -12,6 +12,9 @@ from dip_jax.errors import UserError
 
 COUNT = 23
 
+# In Grain's threads, which may outlive an example, beartype draws which item of a list it checks; Hypothesis watches `random`.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
